@@ -1,0 +1,29 @@
+"""Which family a model is of."""
+
+from typing import Any
+
+from ..errors import UnsupportedArch, listed
+from .arch import Arch
+from .llama import LLAMA
+from .qwen2 import QWEN2
+
+ARCHS = (LLAMA, QWEN2)
+
+
+def of_config(config: dict[str, Any]) -> Arch:
+    """The family of a config.json. Raises UnsupportedArch, naming the family found and those known."""
+    classes = config.get("architectures") or []
+    for arch in ARCHS:
+        if any(c in arch.classes for c in classes) or (not classes and config.get("model_type") == arch.model_type):
+            arch.check(config)
+            return arch
+    known = listed([a.classes[0] for a in ARCHS], len(ARCHS))
+    raise UnsupportedArch(f"config.json is of {listed(classes) or config.get('model_type')}; cnq knows {known}.")
+
+
+def of_gguf(name: str) -> Arch:
+    """The family of a GGUF's general.architecture. Raises UnsupportedArch."""
+    for arch in ARCHS:
+        if arch.gguf == name:
+            return arch
+    raise UnsupportedArch(f"the GGUF is of architecture {name}; cnq knows {listed([a.gguf for a in ARCHS], len(ARCHS))}.")

@@ -1,0 +1,65 @@
+"""What every kind of checkpoint gives: config, tokenizer files, tensor names, and one tensor at a time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..archs.arch import Arch, Config, To
+from ..errors import CheckpointError, listed
+from ..gguf_file import Tensor, TensorType
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is known of a tensor before it is read. shape: rows first."""
+
+    type: TensorType
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model on disk, under Hugging Face's tensor names.
+
+    path: what the user named.
+    config: as config.json, with vocab_size = rows of the embedding.
+    entries: name -> Entry, in the files' order, which becomes the GGUF's.
+    read: name -> the tensor, memory-mapped.
+    tokenizer: scratch directory -> directory with tokenizer files (the scratch, when they had to be made).
+    notes: what was put right on the way, for the user to know.
+    """
+
+    path: Path
+    arch: Arch
+    config: Config
+    entries: dict[str, Entry]
+    read: Callable[[str], Tensor]
+    tokenizer: Callable[[Path], Path]
+    notes: tuple[str, ...] = ()
+
+    def placed(self) -> list[tuple[str, str, To]]:
+        """(HF name, GGUF name, rule) of every tensor, in file order.
+
+        Raises CheckpointError naming tensors that are missing, unknown, or of another shape than config.json says.
+        """
+        expected = {hf: (gguf, to, shape) for hf, gguf, to, shape in self.arch.expected(self.config)}
+        missing = [name for name in expected if name not in self.entries]
+        if missing:
+            raise CheckpointError(
+                f"{self.path}: {len(missing)} of {len(expected)} tensors are missing: {listed(missing)}. "
+                "The download is incomplete, or config.json is of another model."
+            )
+        unknown = [name for name in self.entries if name not in expected]
+        if unknown:
+            raise CheckpointError(
+                f"{self.path}: tensors that {self.arch.classes[0]} does not have: {listed(unknown)}. "
+                "config.json is of another model, or the model is a variant that cnq does not know."
+            )
+        for name, (_, _, shape) in expected.items():
+            found = self.entries[name].shape
+            if found != shape:
+                raise CheckpointError(
+                    f"{self.path}: {name} is {found}, by config.json it should be {shape}. "
+                    "Weights and config.json are of different models."
+                )
+        return [(name, *expected[name][:2]) for name in self.entries]

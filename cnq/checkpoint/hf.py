@@ -1,0 +1,211 @@
+"""A Hugging Face directory: config.json, tokenizer files, and weights in safetensors or .bin, one file or shards."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf.utility import SafetensorsLocal
+from safetensors import SafetensorError, safe_open
+
+from .. import archs
+from ..archs.arch import DROPPED, Config
+from ..errors import CheckpointError, listed
+from ..gguf_file import BF16, F16, F32, Tensor, TensorType
+from .checkpoint import Checkpoint, Entry
+
+TOKENIZER_FILES = (
+    "tokenizer.model",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
+_EMBEDDING = "model.embed_tokens.weight"
+
+_Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
+
+
+def open_hf(path: Path) -> Checkpoint:
+    """Open a directory as a checkpoint; every file is looked at, no tensor is read.
+
+    Raises CheckpointError (a file is missing, cut short or of another model), UnsupportedArch.
+    """
+    config = read_config(path)
+    arch = archs.of_config(config)
+    weights: _Weights = {}
+    for shard in _shards(path):
+        found = _safetensors(shard) if shard.suffix == ".safetensors" else _torch_pickle(shard)
+        if twice := weights.keys() & found.keys():
+            raise CheckpointError(f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download.")
+        weights |= found
+    _require_indexed(path, set(weights))
+    weights = {name: w for name, w in weights.items() if not name.endswith(DROPPED)}
+    notes = []
+    if _EMBEDDING in weights and config.get("vocab_size") != (rows := weights[_EMBEDDING][0].shape[0]):
+        notes.append(f"config.json says vocab_size {config.get('vocab_size')}, the embedding has {rows} rows: {rows} it is")
+        config["vocab_size"] = rows
+    if config.get("tie_word_embeddings") and weights.pop("lm_head.weight", None):
+        notes.append("lm_head.weight left out: config.json ties it to the embedding")
+    return Checkpoint(
+        path=path,
+        arch=arch,
+        config=config,
+        entries={name: entry for name, (entry, _) in weights.items()},
+        read=lambda name: weights[name][1](),
+        tokenizer=lambda scratch: path,
+        notes=tuple(notes),
+    )
+
+
+def read_config(path: Path) -> Config:
+    """config.json of a model directory. Raises CheckpointError."""
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory. Give a Hugging Face model directory (config.json and weights).")
+    if not (path / "config.json").is_file():
+        if (path / "adapter_config.json").is_file():
+            base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
+            raise CheckpointError(
+                f"{path} is a LoRA adapter, not a model. Merge it into its base first: "
+                f"python -m training.merge_lora {base} {path} OUT"
+            )
+        found = listed(sorted(p.name for p in path.iterdir())) or "nothing"
+        raise CheckpointError(f"{path} has no config.json (it holds {found}). Give the directory of a complete model.")
+    config = read_json(path / "config.json")
+    quantized = config.get("quantization_config")
+    if quantized:
+        method = quantized.get("quant_method", "an unknown method")
+        raise CheckpointError(
+            f"{path} is quantized already ({method}). Start from the float checkpoint it was made from: "
+            "what one quantization lost, another cannot bring back."
+        )
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises CheckpointError for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object. Download it again.")
+    return value
+
+
+def _index(path: Path) -> tuple[Path, dict[str, str]] | None:
+    """The shard index, safetensors before .bin: tensor name -> file name."""
+    for name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        if (path / name).is_file():
+            files = read_json(path / name).get("weight_map")
+            if not isinstance(files, dict) or not files:
+                raise CheckpointError(f"{path / name} has no weight_map. Download it again.")
+            return path / name, files
+    return None
+
+
+def _shards(path: Path) -> list[Path]:
+    if index := _index(path):
+        index_path, files = index
+        names = sorted(set(files.values()))
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(f"{index_path} names a file outside the model's directory: {name!r}. Do not use this download.")
+        missing = [name for name in names if not (path / name).is_file()]
+        if missing:
+            raise CheckpointError(
+                f"{path}: {len(missing)} of {len(names)} shards are missing: {listed(missing)}. Finish the download."
+            )
+        return [path / name for name in names]
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if found := sorted(path.glob(pattern)):
+            return found
+    if any(path.glob("consolidated.*.pth")):
+        raise CheckpointError(f"{path} is in Meta's format (consolidated.*.pth), which this version of cnq does not read. "
+                              "Use the model's Hugging Face directory.")
+    holds = listed(sorted(p.name for p in path.iterdir()))
+    raise CheckpointError(
+        f"{path} has no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards (it holds {holds})."
+    )
+
+
+def _require_indexed(path: Path, found: set[str]) -> None:
+    if index := _index(path):
+        index_path, files = index
+        if missing := sorted(files.keys() - found):
+            shards = listed(sorted({files[name] for name in missing}))
+            raise CheckpointError(
+                f"{index_path} lists tensors that its shards lack: {listed(missing)}. Download {shards} again."
+            )
+
+
+def _float_type(path: Path, name: str, dtype: str) -> TensorType:
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, expected F32, F16 or BF16. Start from the float checkpoint of the model."
+        )
+    return _FLOATS[dtype]
+
+
+def _safetensors(path: Path) -> _Weights:
+    try:
+        with safe_open(path, framework="np"):  # checks header, offsets and file size as the format demands
+            local = SafetensorsLocal(path).tensors
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is damaged or cut short ({error}). Download it again.") from None
+
+    def read(name: str, type: TensorType, shape: tuple[int, ...]) -> Tensor:
+        raw = np.asarray(local[name].mmap_bytes())
+        return Tensor(name, type, shape, _typed(raw, type, shape))
+
+    weights: _Weights = {}
+    for name, tensor in local.items():
+        if not name.endswith(DROPPED):
+            entry = Entry(_float_type(path, name, tensor.dtype), tensor.shape)
+            weights[name] = entry, partial(read, name, entry.type, entry.shape)
+        else:
+            weights[name] = Entry(F32, tensor.shape), partial(read, name, F32, tensor.shape)
+    return weights
+
+
+def _torch_pickle(path: Path) -> _Weights:
+    try:
+        import torch
+    except ImportError:
+        raise CheckpointError(
+            f"{path} is a PyTorch file, which takes torch to read: pip install 'cnq[training]'. "
+            "Or use the model's safetensors files, which need nothing."
+        ) from None
+    load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    try:
+        try:
+            state = load(mmap=True)
+        except RuntimeError:  # saved before torch 1.6: not a zip, cannot be mapped
+            state = load()
+    except Exception as error:  # torch raises half a dozen kinds for a damaged or hostile pickle
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path} is damaged, or not plain weights ({reason}). Download it again.") from None
+    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+    def read(name: str, entry: Entry) -> Tensor:
+        raw = state[name].contiguous().view(-1).view(torch.uint8).numpy()
+        return Tensor(name, entry.type, entry.shape, _typed(raw, entry.type, entry.shape))
+
+    weights: _Weights = {}
+    for name, tensor in state.items():
+        dtype = "F32" if name.endswith(DROPPED) else kinds.get(tensor.dtype, str(tensor.dtype))
+        entry = Entry(_float_type(path, name, dtype), tuple(tensor.shape))
+        weights[name] = entry, partial(read, name, entry)
+    return weights
+
+
+def _typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
+    """Raw bytes as Tensor.data wants them."""
+    if type == BF16:
+        return raw.reshape(*shape[:-1], 2 * shape[-1])
+    return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)

@@ -1,0 +1,133 @@
+"""Checkpoint → float GGUF: the bytes that llama.cpp's convert_hf_to_gguf.py writes, one tensor in memory at a time."""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from . import vocab as vocabs
+from .archs.arch import To, hparams, llama3_factors
+from .checkpoint import Checkpoint, open_checkpoint
+from .files import replacing
+from .gguf_file import BF16, F16, F32, Q8_0, Planned, Tensor, TensorType, encoded, write
+
+DTYPES = {"f16": F16, "bf16": BF16, "f32": F32, "q8_0": Q8_0}
+_FTYPES = {F32: 0, F16: 1, Q8_0: 7, BF16: 32}  # llama.h, enum llama_ftype
+_META_ROOM = 64 << 20  # bytes: a vocabulary with its merges
+
+
+@dataclass(frozen=True)
+class Converted:
+    """dtype: type of the matrices; vectors are F32. notes: what was put right on the way."""
+
+    path: Path
+    arch: str
+    dtype: str
+    n_tensors: int
+    n_params: int
+    n_vocab: int
+    nbytes: int
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def convert(
+    src: Path,
+    dst: Path,
+    *,
+    dtype: str = "auto",
+    name: str | None = None,
+    force: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Converted:
+    """Write the checkpoint `src` (Hugging Face directory, or a GGUF to be decoded) as the GGUF `dst`.
+
+    dtype: f16, bf16, f32, q8_0, or auto = what the checkpoint's matrices are in (f16 for f32).
+    name: general.name; None = from the model card or the directory's name, as the reference converter does.
+    progress: called with bytes written and bytes in all.
+    Raises CheckpointError, UnsupportedArch, UnsupportedVocab, GgufError (a value that is not finite), OutputExists, NoSpace.
+    """
+    started = time.perf_counter()
+    checkpoint = open_checkpoint(src)
+    target = _auto(checkpoint) if dtype == "auto" else DTYPES[dtype]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = checkpoint.tokenizer(Path(scratch))
+        vocab = vocabs.load(folder, checkpoint.config["vocab_size"])
+        tensors = _plan(checkpoint, target)
+        writer = _metadata(checkpoint, vocab, target, tensors, name)
+        total = sum(t.nbytes for t in tensors)
+        done = 0
+
+        def wrote(n: int) -> None:
+            nonlocal done
+            done += n
+            progress(done, total)
+
+        with replacing(dst, force=force, need=total + _META_ROOM) as partial_path:
+            write(partial_path, writer, tensors, wrote)
+    return Converted(
+        path=dst,
+        arch=checkpoint.arch.gguf,
+        dtype=target.name,
+        n_tensors=len(tensors),
+        n_params=sum(prod(t.shape) for t in tensors),
+        n_vocab=len(vocab.tokens),
+        nbytes=dst.stat().st_size,
+        notes=(*checkpoint.notes, *vocab.notes),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _auto(checkpoint: Checkpoint) -> TensorType:
+    """The type of the first matrix: config.json's torch_dtype is often wrong after fine-tuning."""
+    kinds = [e.type for e in checkpoint.entries.values() if len(e.shape) > 1]
+    return BF16 if kinds[:1] == [BF16] else F16
+
+
+def _plan(checkpoint: Checkpoint, target: TensorType) -> list[Planned]:
+    """Every tensor with the type it gets: vectors and norms F32, matrices `target`, or F16 where rows do not fill its blocks."""
+    planned = []
+    if (factors := llama3_factors(checkpoint.config)) is not None:
+        planned.append(Planned("rope_freqs.weight", F32, factors.shape, lambda: [factors]))
+    for hf_name, gguf_name, to in checkpoint.placed():
+        shape = checkpoint.entries[hf_name].shape
+        type = F32 if len(shape) == 1 else target if shape[-1] % target.block == 0 else F16
+        planned.append(Planned(gguf_name, type, shape, partial(_chunks, checkpoint, hf_name, to, type)))
+    return planned
+
+
+def _chunks(checkpoint: Checkpoint, name: str, to: To, type: TensorType) -> Iterable[np.ndarray]:
+    found = checkpoint.read(name)
+    return encoded(Tensor(name, found.type, found.shape, to.forward(found.data, checkpoint.config)), type)
+
+
+def _metadata(
+    checkpoint: Checkpoint, vocab: vocabs.Vocab, target: TensorType, tensors: list[Planned], name: str | None
+) -> gguf.GGUFWriter:
+    """All keys, in the reference converter's order."""
+    config, arch = checkpoint.config, checkpoint.arch
+    writer = gguf.GGUFWriter(path=None, arch=arch.gguf)
+    writer.add_type(gguf.GGUFType.MODEL)
+    _general(checkpoint, tensors, name).set_gguf_meta_model(writer)
+    for key, kind, value in hparams(config, arch):
+        getattr(writer, f"add_{kind}")(f"{arch.gguf}.{key}", value)
+    writer.add_file_type(_FTYPES[target])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    vocab.add_to(writer)
+    return writer
+
+
+def _general(checkpoint: Checkpoint, tensors: list[Planned], name: str | None) -> gguf.Metadata:
+    """Authorship, licence and size, from the model card, config.json and the directory's name."""
+    n_params = sum(prod(t.shape) for t in tensors)
+    folder = checkpoint.path if checkpoint.path.is_dir() else None
+    metadata = gguf.Metadata.load(None, folder, name, n_params)
+    metadata.name = metadata.name or checkpoint.path.stem
+    metadata.size_label = metadata.size_label or gguf.size_label(n_params, 0, 0, 0)
+    return metadata

@@ -1,0 +1,310 @@
+"""Reading and writing GGUF containers.
+
+The reader is ours because llama.cpp's `gguf` package walks every vocabulary string in Python and trusts the counts in
+the file; this one checks each against the file's size. Writing, type sizes and the float codecs are the `gguf` package's.
+
+Format: https://github.com/ggml-org/ggml/blob/323951f1bdcdfbd5b5ff3a9a7c3770e63b1a560e/docs/gguf.md
+"""
+
+import mmap
+import struct
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from .errors import GgufError
+
+MAGIC = b"GGUF"
+ALIGNMENT = 32
+CHUNK_ELEMENTS = 1 << 20  # elements converted at once: 4 MB of float32, which stays in the cache
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """How ggml stores a tensor's numbers: `block` elements in `size` bytes."""
+
+    id: int
+    name: str
+    block: int
+    size: int
+
+    def row_bytes(self, n: int) -> int:
+        return n // self.block * self.size
+
+    @property
+    def bits(self) -> float:
+        return self.size * 8 / self.block
+
+
+_KNOWN = [TensorType(int(t), t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType]
+_KNOWN.append(TensorType(42, "Q2_0", 64, 2 + 16))  # newer than the gguf package; ggml-common.h: half d, 16 bytes of codes
+TYPES = {t.id: t for t in _KNOWN}
+TYPE_BY_NAME = {t.name: t for t in _KNOWN}
+F32, F16, BF16, Q8_0 = (TYPE_BY_NAME[n] for n in ("F32", "F16", "BF16", "Q8_0"))
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor as its file stores it.
+
+    shape: rows first, as numpy and PyTorch say it (GGUF lists dimensions in the other order).
+    data: memory-mapped; float16/float32 of `shape`, for every other type uint8 of (..., bytes per row).
+    """
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+    def float32(self) -> np.ndarray:
+        """The values, decoded. Raises GgufError for a type that the gguf package cannot decode."""
+        return decode(self.data, self.type, self.name)
+
+
+def decode(data: np.ndarray, type: TensorType, name: str) -> np.ndarray:
+    try:
+        return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type.id))
+    except (NotImplementedError, ValueError):
+        raise GgufError(f"{name}: type {type.name} cannot be decoded. Start from the float checkpoint instead.") from None
+
+
+def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
+    """The tensor in another float type or Q8_0, a few rows at a time.
+
+    The same roundings as llama.cpp's converter: through float32, to nearest even.
+    Raises GgufError at the first value that is not finite, or overflows `type`.
+    """
+    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+    step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
+    for start in range(0, len(rows), step):
+        chunk = rows[start : start + step]
+        if tensor.type == type:
+            values = chunk
+            finite = bool(np.isfinite(chunk if type in (F16, F32) else decode(chunk, type, tensor.name)).all())
+        else:
+            floats = decode(chunk, tensor.type, tensor.name)
+            with np.errstate(over="ignore", invalid="ignore"):
+                values = gguf.quants.quantize(floats, gguf.GGMLQuantizationType(type.id))
+            finite = bool(np.isfinite(values if type == F16 else floats).all())
+        if not finite:
+            raise GgufError(_not_finite(tensor, chunk, start, type))
+        yield np.ascontiguousarray(values)
+
+
+def _not_finite(tensor: Tensor, chunk: np.ndarray, start: int, type: TensorType) -> str:
+    floats = decode(chunk, tensor.type, tensor.name)
+    bad = ~np.isfinite(floats)
+    if bad.any():
+        row, column = (int(i) for i in np.argwhere(bad)[0])
+        return (
+            f"{tensor.name}: {floats[row, column]} at row {start + row}, column {column}. The checkpoint is damaged, "
+            "or its training diverged: download it again, or use an earlier one."
+        )
+    return (
+        f"{tensor.name}: {np.abs(floats).max():.4g} is too large for {type.name} (at most 65504). "
+        "Convert with --dtype bf16."
+    )
+
+
+# Reading
+
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """shape: rows first. offset: in bytes from the start of the data section."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: TensorType
+    offset: int
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.n_elements // self.type.block * self.type.size
+
+
+class GgufFile:
+    """A GGUF file's metadata, with its tensors memory-mapped.
+
+    fields: key -> bool, int, float, str or list of them.
+    kinds: key -> GGUF's number for the value's type.
+    tensors: name -> TensorInfo, in file order.
+    """
+
+    def __init__(self, path: Path):
+        """Raises GgufError: not a GGUF, version other than 2 or 3, cut short, or counts that cannot be true."""
+        self.path = path
+        self.fields: dict[str, Any] = {}
+        self.kinds: dict[str, int] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        try:
+            with path.open("rb") as f:
+                self._map = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "the file is empty"
+            raise GgufError(f"{path} cannot be read as GGUF: {reason}.") from None
+        try:
+            self._read()
+        except (struct.error, IndexError, UnicodeDecodeError, OverflowError) as error:
+            raise GgufError(f"{path} is cut short or damaged ({error}). Download or make it again.") from None
+
+    def _read(self) -> None:
+        if self._map[:4] != MAGIC:
+            raise GgufError(f"{self.path} is no GGUF file (it starts with {self._map[:4]!r}, expected {MAGIC!r}).")
+        version, n_tensors, n_fields = struct.unpack_from("<IQQ", self._map, 4)
+        if version not in (2, 3):
+            raise GgufError(f"{self.path}: GGUF version {version}, expected 2 or 3. Convert the model again.")
+        at = 24
+        for _ in range(n_fields):
+            key, at = self._string(at)
+            (kind,) = struct.unpack_from("<I", self._map, at)
+            if key in self.fields:
+                raise GgufError(f"{self.path}: metadata key {key} appears twice. Make the file again.")
+            self.fields[key], at = self._value(kind, at + 4)
+            self.kinds[key] = kind
+        for _ in range(n_tensors):
+            at = self._tensor_info(at)
+        self.meta_bytes = at
+        alignment = self.fields.get("general.alignment", ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise GgufError(f"{self.path}: general.alignment is {alignment}, expected a power of two.")
+        self.data_start = padded(at, alignment)
+        end = max((t.offset + t.nbytes for t in self.tensors.values()), default=0)
+        if self.data_start + end > len(self._map):
+            raise GgufError(
+                f"{self.path} is cut short: {len(self._map)} bytes, its tensors need {self.data_start + end}. "
+                "Download or make it again."
+            )
+
+    def _string(self, at: int) -> tuple[str, int]:
+        (length,) = struct.unpack_from("<Q", self._map, at)
+        end = at + 8 + length
+        if end > len(self._map):
+            raise IndexError(f"a string of {length} bytes at byte {at}")
+        return self._map[at + 8 : end].decode(), end
+
+    def _value(self, kind: int, at: int) -> tuple[Any, int]:
+        if kind in _SCALARS:
+            (value,) = struct.unpack_from("<" + _SCALARS[kind], self._map, at)
+            return value, at + struct.calcsize("<" + _SCALARS[kind])
+        if kind == _STRING:
+            return self._string(at)
+        if kind != _ARRAY:
+            raise GgufError(f"{self.path}: metadata of unknown type {kind} at byte {at}. The file is damaged, or newer.")
+        item, n = struct.unpack_from("<IQ", self._map, at)
+        at += 12
+        if item in _SCALARS:
+            values = struct.unpack_from(f"<{_checked(n, self._map, at)}{_SCALARS[item]}", self._map, at)
+            return list(values), at + struct.calcsize(f"<{n}{_SCALARS[item]}")
+        if item != _STRING:
+            raise GgufError(f"{self.path}: an array of type {item} at byte {at}, expected numbers or strings.")
+        strings = []
+        for _ in range(_checked(n, self._map, at)):
+            string, at = self._string(at)
+            strings.append(string)
+        return strings, at
+
+    def _tensor_info(self, at: int) -> int:
+        name, at = self._string(at)
+        (n_dims,) = struct.unpack_from("<I", self._map, at)
+        if not 1 <= n_dims <= 4:
+            raise GgufError(f"{self.path}: {name} has {n_dims} dimensions, expected 1 to 4.")
+        dims = struct.unpack_from(f"<{n_dims}Q", self._map, at + 4)
+        type_id, offset = struct.unpack_from("<IQ", self._map, at + 4 + 8 * n_dims)
+        if type_id not in TYPES:
+            raise GgufError(f"{self.path}: {name} has unknown type {type_id}. The file is damaged, or newer than cnq.")
+        info = TensorInfo(name, tuple(reversed(dims)), TYPES[type_id], offset)
+        if name in self.tensors:
+            raise GgufError(f"{self.path}: tensor {name} appears twice. Make the file again.")
+        if dims[0] % info.type.block:
+            raise GgufError(f"{self.path}: {name} has rows of {dims[0]}, no multiple of {info.type.name}'s {info.type.block}.")
+        self.tensors[name] = info
+        return at + 4 + 8 * n_dims + 12
+
+    def tensor(self, name: str) -> Tensor:
+        info = self.tensors[name]
+        raw = np.frombuffer(self._map, np.uint8, info.nbytes, self.data_start + info.offset)
+        if info.type in (F32, F16):
+            data = raw.view(np.float32 if info.type == F32 else np.float16).reshape(info.shape)
+        else:
+            data = raw.reshape(*info.shape[:-1], info.type.row_bytes(info.shape[-1]))
+        return Tensor(name, info.type, info.shape, data)
+
+    def field(self, key: str) -> Any:
+        """The value of a key that must be there. Raises GgufError."""
+        if key not in self.fields:
+            raise GgufError(f"{self.path} has no {key}. It is no language model that cnq knows: see cnq inspect {self.path}")
+        return self.fields[key]
+
+    @property
+    def arch(self) -> str:
+        return str(self.field("general.architecture"))
+
+    @cached_property
+    def n_params(self) -> int:
+        return sum(t.n_elements for t in self.tensors.values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all tensor data over the parameters, vocabulary included: llama-quantize's BPW."""
+        return sum(t.nbytes for t in self.tensors.values()) * 8 / self.n_params
+
+
+def _checked(n: int, data: mmap.mmap, at: int) -> int:
+    """An array's length, unless the file could not hold it: every item takes a byte at least."""
+    if n > len(data) - at:
+        raise IndexError(f"an array of {n} items at byte {at}")
+    return n
+
+
+def padded(n: int, alignment: int = ALIGNMENT) -> int:
+    return -(-n // alignment) * alignment
+
+
+# Writing
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor to be written: its place in the header, and its bytes in order when their turn comes."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[np.ndarray]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+def write(path: Path, writer: gguf.GGUFWriter, tensors: list[Planned], progress: Callable[[int], object]) -> None:
+    """Write the writer's metadata and the tensors to `path`; `progress` hears how many bytes were written each time."""
+    for t in tensors:
+        writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=gguf.GGMLQuantizationType(t.type.id))
+    writer.write_header_to_file(path)
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    (out,) = writer.fout
+    try:
+        writer.write_padding(out, out.tell())
+        for t in tensors:
+            for chunk in t.chunks():
+                out.write(chunk.data)
+                progress(chunk.nbytes)
+            writer.write_padding(out, t.nbytes)
+    finally:
+        writer.close()

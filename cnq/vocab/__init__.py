@@ -1,0 +1,88 @@
+"""From a tokenizer's files to what a GGUF says of it, and back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..errors import UnsupportedVocab, VocabMismatch
+from . import bpe, spm
+from .special import add_special, read
+from .vocab import Kind, Vocab
+
+__all__ = ["Vocab", "load", "write"]
+
+
+def load(folder: Path, rows: int) -> Vocab:
+    """The tokenizer of a model directory, for an embedding of `rows` rows.
+
+    Raises UnsupportedVocab (no tokenizer, or none that llama.cpp has), VocabMismatch (tokenizer of another model).
+    """
+    tokenizer = read(folder / "tokenizer.json")
+    if (folder / "tokenizer.model").is_file():
+        vocab = spm.load_model(folder, rows)
+    elif not tokenizer:
+        slow = " (vocab.json and merges.txt do not say how text is cut)" if (folder / "vocab.json").is_file() else ""
+        raise UnsupportedVocab(
+            f"{folder} has neither tokenizer.model nor tokenizer.json{slow}. Take them from the model's own repository."
+        )
+    elif spm.is_sentencepiece_json(tokenizer):
+        vocab = spm.load_json(folder, rows)
+    else:
+        vocab = bpe.load(folder, rows)
+    _compare(folder, vocab, rows)
+    add_special(vocab, folder)
+    return vocab
+
+
+def _compare(folder: Path, vocab: Vocab, rows: int) -> None:
+    """Tokens and embedding rows must agree; rows may only be more by padding to a round number."""
+    if vocab.n_tokens > rows:
+        raise VocabMismatch(
+            f"{folder}: the tokenizer has {vocab.n_tokens} tokens, the embedding {rows} rows. A LoRA that extends the "
+            "vocabulary must be merged first (python -m training.merge_lora BASE LORA OUT); "
+            f"or the tokenizer is another model's: take the one with {rows} tokens."
+        )
+    spare = rows - vocab.n_tokens
+    if spare and (rows % 8 or spare > rows // 20):
+        raise VocabMismatch(
+            f"{folder}: the tokenizer has {vocab.n_tokens} tokens, the embedding {rows} rows, too many for padding. "
+            f"The tokenizer is another model's (LLaMA 32000, Chinese-LLaMA 49953, Chinese-Alpaca 49954, Chinese-LLaMA-2 55296, "
+            f"LLaMA-3 128256): take the one with {rows} tokens."
+        )
+    if spare:
+        vocab.notes.append(f"{spare} of {rows} embedding rows belong to no token: padding")
+
+
+def write(fields: dict[str, Any], folder: Path) -> None:
+    """Write the tokenizer of a GGUF's metadata as Hugging Face files: same tokens, ids, kinds, special tokens, template.
+
+    Raises UnsupportedVocab.
+    """
+    model = fields.get("tokenizer.ggml.model")
+    writers = {"llama": spm.write, "gpt2": bpe.write}
+    if model not in writers or "tokenizer.ggml.token_type" not in fields:
+        raise UnsupportedVocab(f"the GGUF's tokenizer is of type {model!r}; cnq can write {' and '.join(writers)}.")
+    writers[model](fields, folder)
+    tokens = fields["tokenizer.ggml.tokens"]
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
+    config: dict[str, Any] = {
+        f"{name}_token": tokens[fields[key]] for name, gguf in names.items() if (key := f"tokenizer.ggml.{gguf}_token_id") in fields
+    }
+    for name in ("bos", "eos"):
+        if (key := f"tokenizer.ggml.add_{name}_token") in fields:
+            config[f"add_{name}_token"] = fields[key]
+    if "tokenizer.ggml.add_space_prefix" in fields:
+        config["add_prefix_space"] = fields["tokenizer.ggml.add_space_prefix"]
+    config["clean_up_tokenization_spaces"] = False
+    config["tokenizer_class"] = "LlamaTokenizer" if model == "llama" else "PreTrainedTokenizerFast"
+    if model == "llama":
+        config["legacy"] = True
+        config["added_tokens_decoder"] = {
+            str(id): {"content": token, "special": kind == Kind.CONTROL, "normalized": False,
+                      "lstrip": False, "rstrip": False, "single_word": False}
+            for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
+            if kind in (Kind.CONTROL, Kind.USER_DEFINED)
+        }
+    if template := fields.get("tokenizer.chat_template"):
+        config["chat_template"] = template
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")

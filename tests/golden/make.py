@@ -1,0 +1,63 @@
+"""Rewrite tests/golden/*.json from llama.cpp's own converter (`make golden`); needs torch and transformers.
+
+The converter comes out of the sdist of the pinned llama-cpp-python. One thing is told to it: the name of the byte-level
+pre-tokenizer, which it looks up by a hash that only published vocabularies have.
+"""
+
+import json
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import cases  # noqa: E402
+
+
+def main() -> None:
+    cache = HERE.parents[1] / "build" / "golden"
+    source = cache / "vendor" / "llama.cpp"
+    if not source.is_dir():
+        pin = f"llama-cpp-python=={version('llama-cpp-python')}"
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
+                    "--no-build-isolation", "-d", str(cache), pin]  # fmt: skip
+        subprocess.run(download, check=True)
+        with tarfile.open(next(cache.glob("*.tar.gz"))) as tar:
+            members = [m for m in tar.getmembers() if "/vendor/llama.cpp/" in m.name]
+            for m in members:
+                m.name = m.name.split("/", 1)[1]
+            tar.extractall(cache, members, filter="data")
+    sys.path[:0] = [str(source / "gguf-py"), str(source)]
+    for name in [m for m in sys.modules if m.split(".")[0] == "gguf"]:
+        del sys.modules[name]  # the converter wants its own, newer copy
+
+    import torch
+    from conversion import ModelBase, ModelType, get_model_class
+    from conversion.base import TextModel, get_model_architecture, gguf
+
+    types = {"f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "f32": "ALL_F32", "q8_0": "MOSTLY_Q8_0"}
+    for case, settings in cases.CASES.items():
+        TextModel.get_vocab_base_pre = lambda self, tokenizer, pre=settings["vocab"]: pre
+        golden = {"llama_cpp_python": version("llama-cpp-python"), "outtypes": {}}
+        with tempfile.TemporaryDirectory() as scratch:
+            model = cases.make(case, Path(scratch))
+            for outtype, ftype in types.items():
+                out = Path(scratch) / f"{outtype}.gguf"
+                with torch.inference_mode():
+                    config = ModelBase.load_hparams(model, False)
+                    converter = get_model_class(get_model_architecture(config, ModelType.TEXT))
+                    converter(model, gguf.LlamaFileType[ftype], out).write()
+                found = cases.fingerprint(out)
+                if outtype == cases.OUTTYPES[0]:
+                    golden["keys"] = found["keys"]
+                golden["outtypes"][outtype] = found["tensors"]
+        (HERE / f"{case}.json").write_text(json.dumps(golden, indent=1, ensure_ascii=False) + "\n")
+        print(case)
+
+
+if __name__ == "__main__":
+    main()
