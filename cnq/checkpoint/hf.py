@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from .. import archs
 from ..archs.arch import DROPPED, Config
 from ..errors import CheckpointError, listed
-from ..gguf_file import BF16, F16, F32, Tensor, TensorType
+from ..gguf_file import BF16, F16, F32, Planned, Tensor, TensorType
 from .checkpoint import Checkpoint, Entry
 
 TOKENIZER_FILES = (
@@ -209,3 +209,23 @@ def _typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndar
     if type == BF16:
         return raw.reshape(*shape[:-1], 2 * shape[-1])
     return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
+
+
+def write_safetensors(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:
+    """Write one safetensors file tensor by tensor: the package's own writer wants them all in memory.
+
+    Format: https://github.com/huggingface/safetensors/blob/v0.5.0/README.md#format
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for t in tensors:
+        header[t.name] = {"dtype": t.type.name, "shape": list(t.shape), "data_offsets": [offset, offset + t.nbytes]}
+        offset += t.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for t in tensors:
+            for chunk in t.chunks():
+                out.write(chunk.data)
+                progress(chunk.nbytes)
