@@ -1,0 +1,263 @@
+"""Float GGUF → quantized GGUF, by llama.cpp's own quantizer, with its decisions and the exact size known beforehand."""
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from .engine import quantizer
+from .engine.quantizer import Choice, Request
+from .errors import GgufError, ImatrixRequired, QuantizeError, listed
+from .files import replacing
+from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, TensorInfo, padded
+from .imatrix_file import Importance, read_imatrix
+
+ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's
+# llama.cpp src/llama-quant.cpp, tensor_requires_imatrix
+_NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """What one tensor becomes. wanted: the type it fell back from, as its rows do not fill that type's blocks."""
+
+    name: str
+    shape: tuple[int, ...]
+    from_type: str
+    type: str
+    wanted: str | None
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A quantization before it is done. nbytes: exact size of the file. bits_per_weight: of tensor data, as llama-quantize."""
+
+    type: str
+    tensors: tuple[TensorPlan, ...]
+    nbytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    path: Path
+    type: str
+    imatrix: Path | None
+    nbytes_before: int
+    nbytes: int
+    bits_per_weight: float
+    notes: tuple[str, ...]
+    seconds: float
+
+
+def plan(
+    src: Path,
+    type: str,
+    *,
+    imatrix: Path | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    pure: bool = False,
+    allow_requantize: bool = False,
+) -> Plan:
+    """What `quantize` would do with the same arguments. Raises what it would raise before it starts."""
+    return _prepare(src, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)[1]
+
+
+def quantize(
+    src: Path,
+    dst: Path,
+    type: str,
+    *,
+    imatrix: Path | None = None,
+    tensor_types: Sequence[tuple[str, str]] = (),
+    output_type: str | None = None,
+    embedding_type: str | None = None,
+    pure: bool = False,
+    allow_requantize: bool = False,
+    threads: int = 0,
+    force: bool = False,
+    progress: Callable[[str, int, int], object] = lambda name, number, total: None,
+) -> Quantized:
+    """Quantize the float GGUF `src` into `dst`; the bytes are llama-quantize's.
+
+    type: a name of engine.quantizer.ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
+    tensor_types: (regular expression searched in the tensor's name, type), the first match counts; the other tensors keep
+    the type they would have had without. pure: one type throughout, no mixture.
+    progress: hears each tensor's name as it begins, its number, and how many there are.
+    Raises GgufError, ImatrixRequired, QuantizeError, OutputExists, NoSpace.
+    """
+    started = time.perf_counter()
+    request, planned = _prepare(src, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)
+    with replacing(dst, force=force, need=planned.nbytes) as partial:
+        quantizer.quantize(_with(request, dst=str(partial), threads=threads), progress)
+        if (size := partial.stat().st_size) != planned.nbytes:
+            raise QuantizeError(f"{dst}: {size} bytes were written, {planned.nbytes} foreseen. This is a bug in cnq: please report it.")
+    return Quantized(
+        path=dst,
+        type=planned.type,
+        imatrix=imatrix,
+        nbytes_before=src.stat().st_size,
+        nbytes=planned.nbytes,
+        bits_per_weight=planned.bits_per_weight,
+        notes=planned.notes,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _with(request: Request, **changes: object) -> Request:
+    return Request(**(vars(request) | changes))
+
+
+def _prepare(
+    src: Path,
+    type: str,
+    imatrix: Path | None,
+    tensor_types: Sequence[tuple[str, str]],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    allow_requantize: bool,
+) -> tuple[Request, Plan]:
+    offered = quantizer.ftypes()
+    type = ALIASES.get(type.upper(), type.upper())
+    if type not in offered:
+        raise QuantizeError(f"unknown type {type}; llama.cpp offers {', '.join(offered)}.")
+    file = GgufFile(src)
+    _require_float(src, file, allow_requantize)
+    importance = read_imatrix(imatrix) if imatrix else None
+    if importance:
+        _require_same_model(src, imatrix, file, importance)
+    for name in (output_type, embedding_type, *(t for _, t in tensor_types)):
+        if name is not None and name not in TYPE_BY_NAME:
+            raise QuantizeError(f"unknown tensor type {name}; known are {', '.join(TYPE_BY_NAME)}.")
+    request = Request(
+        src=str(src), dst="", ftype=offered[type], imatrix=str(imatrix) if imatrix else None, output_type=output_type,
+        embedding_type=embedding_type, pure=pure, requantize=allow_requantize, dry_run=True,
+    )  # fmt: skip
+    choices = quantizer.quantize(request)
+    if tensor_types:
+        overrides = _anchored(type, choices, file, tensor_types)
+        request = _with(request, tensor_types=overrides)
+        wished = quantizer.quantize(request)
+        choices = [old if old.type == new.type else new for old, new in zip(choices, wished, strict=True)]
+    _require_imatrix(src, type, choices, importance)
+    return _with(request, dry_run=False), _plan(type, file, choices, imatrix, importance)
+
+
+def _require_float(src: Path, file: GgufFile, allow_requantize: bool) -> None:
+    quantized = [t for t in file.tensors.values() if t.type not in (F32, F16, BF16)]
+    if quantized and not allow_requantize:
+        kinds = sorted({t.type.name for t in quantized})
+        raise QuantizeError(
+            f"{src} is quantized already ({', '.join(kinds)}). Start from the F16 file: what one quantization lost, another "
+            "cannot bring back. To do it all the same: --allow-requantize."
+        )
+
+
+def _require_same_model(src: Path, imatrix: Path | None, file: GgufFile, importance: Importance) -> None:
+    """Every entry must be of a tensor of this model, with as many columns."""
+    for name, sums in importance.sums.items():
+        if name not in file.tensors:
+            raise GgufError(f"{imatrix} is of another model: it has {name}, which {src} has not.")
+        shape = file.tensors[name].shape
+        if sums.size != shape[-1] * prod(shape[:-2]):
+            raise GgufError(f"{imatrix} is of another model: {sums.size} values for {name}, whose rows in {src} have {shape[-1]}.")
+
+
+def _anchored(
+    type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[tuple[str, str]]
+) -> list[tuple[str, str]]:
+    """One override for each tensor that llama.cpp would quantize: the user's, or its own choice.
+
+    An override of some attn_v or ffn_down alone would shift llama.cpp's schedule for the rest: it counts those it decides.
+    """
+    if TYPE_BY_NAME.get(type) in (F32, F16, BF16):
+        raise QuantizeError(f"--tensor-type has no effect with {type}: llama.cpp heeds it for quantized types only.")
+    for pattern, _ in wishes:
+        try:
+            hit = any(re.search(pattern, name) for name in file.tensors)
+        except re.error as error:
+            raise QuantizeError(f"--tensor-type {pattern}: not a regular expression ({error}).") from None
+        if not hit:
+            raise QuantizeError(f"--tensor-type {pattern}: no tensor has such a name. Names are like {listed(file.tensors, 4)}.")
+    overrides = []
+    for choice in stock:
+        if choice.type == file.tensors[choice.name].type and choice.wanted is None:
+            continue  # norms and vectors, which llama.cpp leaves alone
+        wish = next((t for pattern, t in wishes if re.search(pattern, choice.name)), choice.type.name)
+        overrides.append((f"^{re.escape(choice.name)}$", wish))
+    return overrides
+
+
+def _require_imatrix(src: Path, type: str, choices: list[Choice], importance: Importance | None) -> None:
+    """Refuse before work starts what llama.cpp would refuse in the middle of it."""
+    needing = [
+        c.name
+        for c in choices
+        if c.name not in ("token_embd.weight", "output.weight")
+        and (c.type.name in _NEED_IMATRIX or (c.type.name == "Q2_K" and type == "Q2_K_S"))
+    ]
+    if not needing:
+        return
+    if importance is None:
+        raise ImatrixRequired(
+            f"{type} rounds {len(needing)} tensors too coarsely to do without an importance matrix "
+            f"({listed(needing, 2)}). Give one with --imatrix."
+        )
+    if without := [name for name in needing if name not in importance.sums]:
+        raise ImatrixRequired(f"{src}: the importance matrix has nothing for {listed(without)}, and {type} cannot do without.")
+
+
+def _plan(type: str, file: GgufFile, choices: list[Choice], imatrix: Path | None, importance: Importance | None) -> Plan:
+    def size(info: TensorInfo, choice: Choice) -> int:
+        return prod(info.shape[:-1]) * choice.type.row_bytes(info.shape[-1])
+
+    tensors = tuple(
+        TensorPlan(c.name, info.shape, info.type.name, c.type.name, c.wanted.name if c.wanted else None, size(info, c))
+        for c in choices
+        for info in [file.tensors[c.name]]
+    )
+    notes = []
+    fallen = [t for t in tensors if t.wanted]
+    if fallen:
+        widths = listed(str(w) for w in sorted({t.shape[-1] for t in fallen}))
+        notes.append(
+            f"{len(fallen)} of {len(tensors)} tensors fell back to a larger type: rows of {widths} do not fill blocks of "
+            f"{TYPE_BY_NAME[fallen[0].wanted or type].block}"
+        )
+    if importance:
+        bare = [t.name for t in tensors if t.type != t.from_type and t.name not in importance.sums]
+        bare = [name for name in bare if name not in ("token_embd.weight", "output.weight")]
+        if bare:
+            notes.append(f"no importance data for {len(bare)} tensors, rounded without: {listed(bare)}")
+    return Plan(
+        type=type,
+        tensors=tensors,
+        nbytes=_file_size(file, tensors, imatrix, importance),
+        bits_per_weight=sum(t.nbytes for t in tensors) * 8 / file.n_params,
+        notes=tuple(notes),
+    )
+
+
+def _file_size(file: GgufFile, tensors: tuple[TensorPlan, ...], imatrix: Path | None, importance: Importance | None) -> int:
+    """The size of the file that llama.cpp writes: the source's metadata with a few keys more, then the padded tensors."""
+    meta = file.meta_bytes
+    added: dict[str, str | int] = {"general.quantization_version": 0, "general.file_type": 0}
+    if imatrix and importance:
+        added |= quantizer.imatrix_fields(imatrix.name, importance.datasets, len(importance.sums), importance.n_chunks)
+    for key, value in added.items():
+        if key in file.fields:
+            meta -= _field_size(key, file.fields[key])
+        meta += _field_size(key, value)
+    return padded(meta) + sum(padded(t.nbytes) for t in tensors)
+
+
+def _field_size(key: str, value: str | int) -> int:
+    """Bytes of a key with a string or a 32-bit number: length, key, type, then length and text, or the number."""
+    return 8 + len(key.encode()) + 4 + (8 + len(value.encode()) if isinstance(value, str) else 4)
