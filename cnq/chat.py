@@ -1,0 +1,101 @@
+"""A conversation with a GGUF: its prompt format, streaming that never shows half a character, and where to stop."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from . import prompts
+from .engine.model import Model, Sampling
+from .errors import PromptError
+from .prompts import Message
+
+MAX_CTX = 4096  # tokens; longer contexts cost memory from the start
+
+
+@dataclass(frozen=True)
+class Style:
+    """How to talk with a model. jinja: its template. stop: text that ends an answer, besides the model's own end tokens."""
+
+    jinja: str
+    stop: tuple[str, ...]
+    sampling: Sampling
+
+
+def style_of(fields: dict, path: Path, format: str | None) -> Style:
+    """The format named, or else the GGUF's own template. Raises PromptError when there is neither."""
+    jinja = prompts.template_of(fields)
+    if format:
+        known: prompts.Format | None = prompts.named(format)
+    elif jinja:
+        found = prompts.of_template(jinja)
+        known = found[0] if found else None
+    else:
+        raise PromptError(
+            f"{path} has no chat template. Name the format the model was trained with: --format {'|'.join(prompts.FORMATS)}"
+        )
+    sampling = Sampling(temperature=known.temperature, repeat_penalty=known.repeat_penalty) if known else Sampling()
+    template = known.jinja if format and known else jinja
+    assert template
+    return Style(template, known.stop if known else (), sampling)
+
+
+class Chat:
+    """A conversation; `messages` may be changed between answers."""
+
+    def __init__(self, model: Model, style: Style, system: str | None = None):
+        self.model = model
+        self.style = style
+        self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
+
+    def ask(self, text: str, max_tokens: int, *, temperature: float | None = None) -> Iterator[str]:
+        """Yield the answer to `text` in pieces of whole characters; both join the conversation, also when it is broken off."""
+        self.messages.append({"role": "user", "content": text})
+        sampling = self.style.sampling if temperature is None else replace(self.style.sampling, temperature=temperature)
+        tokens = self.model.generate(prompt_tokens(self.model, self.style, self.messages), sampling, max_tokens)
+        answer = ""
+        try:
+            for piece in until(self.style.stop, characters(self.model.piece(t) for t in tokens)):
+                piece = piece if answer else piece.lstrip()
+                answer += piece
+                if piece:
+                    yield piece
+        finally:
+            self.messages.append({"role": "assistant", "content": answer.rstrip()})
+
+
+def prompt_tokens(model: Model, style: Style, messages: list[Message]) -> list[int]:
+    """The conversation as tokens, with exactly one bos in front if the model wants one, however the template has it."""
+    bos, eos = model.token_text("bos"), model.token_text("eos")
+    text = prompts.render(style.jinja, messages, bos=bos, eos=eos)
+    if bos and model.adds_bos:
+        text = text.removeprefix(bos)
+    return model.tokenize(text, add_special=True, parse_special=True)
+
+
+def characters(pieces: Iterable[bytes]) -> Iterator[str]:
+    """Bytes to text, each character as soon as it is whole; bytes that are none become U+FFFD."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for piece in pieces:
+        if text := decoder.decode(piece):
+            yield text
+    if text := decoder.decode(b"", final=True):
+        yield text
+
+
+def until(stops: tuple[str, ...], pieces: Iterable[str]) -> Iterator[str]:
+    """The text before the first of `stops`; what may be the beginning of one is held back until it is clear."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        cut = min((at for stop in stops if (at := held.find(stop)) >= 0), default=None)
+        if cut is not None:
+            if cut:
+                yield held[:cut]
+            return
+        keep = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        if len(held) > keep:
+            yield held[: len(held) - keep]
+            held = held[len(held) - keep :]
+    if held:
+        yield held

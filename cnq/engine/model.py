@@ -1,0 +1,198 @@
+"""A GGUF model in memory: text to tokens and back, logits, and sampling token by token."""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+import psutil
+
+from ..errors import EngineError
+from ..gguf_file import GgufFile
+
+_log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
+
+
+@lib.llama_log_callback
+def _on_log(level: int, text: bytes, user_data: object) -> None:
+    _log.append(text.decode("utf-8", "replace"))
+    del _log[:-40]
+
+
+lib.llama_log_set(_on_log, ctypes.c_void_p(0))
+lib.llama_backend_init()
+# A llama-cpp-python compiled with AMX crashes in its first matrix product on many Xeons (ggml-org/llama.cpp issue 20824).
+# `make setup` compiles without; for other builds the repacked weights, which is where AMX lives, are done without.
+_AMX = b"AMX_INT8 = 1" in lib.llama_print_system_info()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 = always the likeliest token. repeat_last_n: how many tokens repeat_penalty looks back."""
+
+    temperature: float = 0.2
+    top_k: int = 40
+    top_p: float = 0.9
+    repeat_penalty: float = 1.1
+    repeat_last_n: int = 64
+    seed: int = 0xFFFFFFFF  # llama.cpp's word for a random one
+
+
+class Model:
+    """A model with one sequence of context. Use it in a `with`, or call close()."""
+
+    def __init__(self, path: Path, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0):
+        """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
+
+        Raises GgufError (no GGUF, cut short), EngineError with llama.cpp's words.
+        """
+        self.fields = GgufFile(path).fields  # a file that is no GGUF is refused here, before native code sees it
+        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+        self._ctx = None
+        params = lib.llama_model_default_params()
+        params.use_extra_bufts = not _AMX
+        self._model = lib.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise EngineError(f"llama.cpp cannot load {path}: {_complaint()}")
+        context = lib.llama_context_default_params()
+        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
+        context.n_threads = context.n_threads_batch = n_threads or cores
+        self._ctx = lib.llama_init_from_model(self._model, context)
+        if not self._ctx:
+            self.close()
+            raise EngineError(f"llama.cpp cannot make room for a context of {n_ctx} tokens: {_complaint()} Try a smaller --ctx.")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+        self._memory = lib.llama_get_memory(self._ctx)
+        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
+        self.n_batch = n_batch
+        self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self._seen: list[int] = []  # tokens whose keys and values are in the context
+
+    def close(self) -> None:
+        if self._ctx:
+            lib.llama_free(self._ctx)
+        if self._model:
+            lib.llama_model_free(self._model)
+        self._ctx = self._model = None
+
+    def __enter__(self) -> "Model":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def token_text(self, name: str) -> str:
+        """The text of a special token: bos, eos."""
+        id = self.fields.get(f"tokenizer.ggml.{name}_token_id")
+        return self.fields["tokenizer.ggml.tokens"][id] if id is not None else ""
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
+        raw = text.encode("utf-8", "surrogatepass")
+        room = len(raw) + 2
+        ids = (lib.llama_token * room)()
+        n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+        if n < 0:
+            raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
+        return list(ids[:n])
+
+    def piece(self, token: int) -> bytes:
+        """The bytes a token stands for: possibly part of a character. Control tokens stand for nothing."""
+        room = 256
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            n = lib.llama_token_to_piece(self._vocab, token, buffer, room, 0, False)
+            if n >= 0:
+                return buffer.raw[:n]
+            room = -n
+
+    def ends(self, token: int) -> bool:
+        """Whether the token ends an answer: eos, eot, and what else llama.cpp counts as end of generation."""
+        return bool(lib.llama_vocab_is_eog(self._vocab, token))
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """(len(tokens), n_vocab) float32: for each position, the logits of the token after it. Forgets the context."""
+        self._forget(0)
+        out = np.empty((len(tokens), self.n_vocab), np.float32)
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            self._decode(part, start, all_logits=True)
+            rows = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (len(part), self.n_vocab))
+            out[start : start + len(part)] = rows
+        self._forget(0)
+        return out
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
+        """Yield the tokens of an answer, without the one that ends it.
+
+        What the prompt has in common with the last one is not computed again. Ends when the context is full.
+        Raises EngineError when the prompt leaves no room for an answer.
+        """
+        if not prompt or len(prompt) >= self.n_ctx:
+            raise EngineError(f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
+        common = 0
+        while common < min(len(prompt) - 1, len(self._seen)) and prompt[common] == self._seen[common]:
+            common += 1
+        self._forget(common)
+        for start in range(common, len(prompt), self.n_batch):
+            self._decode(prompt[start : start + self.n_batch], start)
+        sampler = _sampler(sampling, self.n_vocab)
+        try:
+            for token in prompt[-sampling.repeat_last_n :]:
+                lib.llama_sampler_accept(sampler, token)
+            for _ in range(min(max_tokens, self.n_ctx - len(prompt))):
+                token = int(lib.llama_sampler_sample(sampler, self._ctx, -1))
+                if self.ends(token):
+                    return
+                yield token
+                if len(self._seen) < self.n_ctx:
+                    self._decode([token], len(self._seen))
+        finally:
+            lib.llama_sampler_free(sampler)
+
+    def _decode(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> None:
+        batch = lib.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i] = token, position + i
+                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
+                batch.logits[i] = all_logits or i == len(tokens) - 1
+            status = lib.llama_decode(self._ctx, batch)
+        finally:
+            lib.llama_batch_free(batch)
+        if status:
+            raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
+        self._seen += tokens
+
+    def _forget(self, keep: int) -> None:
+        """Drop all but the first `keep` tokens from the context."""
+        lib.llama_memory_seq_rm(self._memory, 0, keep, -1)
+        del self._seen[keep:]
+
+
+def _sampler(sampling: Sampling, n_vocab: int) -> object:
+    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
+    if sampling.repeat_penalty != 1:
+        lib.llama_sampler_chain_add(
+            chain, lib.llama_sampler_init_penalties(n_vocab, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0)
+        )
+    if sampling.temperature <= 0:
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
+        return chain
+    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
+    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
+    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
+    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(sampling.seed))
+    return chain
+
+
+def _complaint() -> str:
+    """llama.cpp's last words that tell of trouble."""
+    lines = "".join(_log).splitlines()
+    told = [line.strip() for line in lines if "error" in line.lower() or "fail" in line.lower()]
+    return (told or lines or ["no reason given."])[-1]
