@@ -45,7 +45,7 @@ class Model:
 
     @property
     def ram_bytes(self) -> int | None:
-        """About what a chat with the Q4_K_M file takes: its weights, 0.5 GB a 7B for 2048 tokens of context, 0.3 GB besides."""
+        """About what a chat with the Q4_K_M takes: its weights, 0.5 GB for the context of a 7B, 0.3 GB besides."""
         return int(self.q4_bytes * 1.13 + 3e8) if self.q4_bytes else None
 
 
@@ -125,12 +125,13 @@ def _from_hub(repo: str, folder: Path, say: Callable[[str], object]) -> Path:
 
     try:
         plan = snapshot_download(repo, local_dir=folder, dry_run=True)
-        names = [f.filename for f in plan]  # type: ignore[union-attr]
+        names = [f.filename for f in plan]
         weights = next((p for p in ("*.safetensors", "*.bin") if fnmatch.filter(names, p)), None)
         if weights is None:
             raise DownloadError(f"{repo} holds neither safetensors nor .bin weights, but {listed(names)}.")
         wanted = (*_SMALL, weights)
-        need = sum(f.file_size for f in plan if f.will_download and any(fnmatch.fnmatch(f.filename, p) for p in wanted))  # type: ignore[union-attr]
+        wanted_files = [f for f in plan if f.will_download and any(fnmatch.fnmatch(f.filename, p) for p in wanted)]
+        need = sum(f.file_size or 0 for f in wanted_files)
         folder.mkdir(parents=True, exist_ok=True)
         require_space(folder, need)
         say(f"downloading {repo} from {constants.ENDPOINT}")

@@ -1,13 +1,16 @@
 """A conversation with a GGUF: its prompt format, streaming that never shows half a character, and where to stop."""
 
 import codecs
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from . import prompts
 from .engine.model import Model, Sampling
 from .errors import PromptError
+from .gguf_file import GgufFile
 from .prompts import Message
 
 MAX_CTX = 4096  # tokens; longer contexts cost memory from the start
@@ -22,7 +25,7 @@ class Style:
     sampling: Sampling
 
 
-def style_of(fields: dict, path: Path, format: str | None) -> Style:
+def style_of(fields: dict[str, Any], path: Path, format: str | None) -> Style:
     """The format named, or else the GGUF's own template. Raises PromptError when there is neither."""
     jinja = prompts.template_of(fields)
     if format:
@@ -48,7 +51,7 @@ class Chat:
         self.style = style
         self.messages: list[Message] = [{"role": "system", "content": system}] if system else []
 
-    def ask(self, text: str, max_tokens: int, *, temperature: float | None = None) -> Iterator[str]:
+    def ask(self, text: str, max_tokens: int, temperature: float | None = None) -> Iterator[str]:
         """Yield the answer to `text` in pieces of whole characters; both join the conversation, also when it is broken off."""
         self.messages.append({"role": "user", "content": text})
         sampling = self.style.sampling if temperature is None else replace(self.style.sampling, temperature=temperature)
@@ -62,6 +65,40 @@ class Chat:
                     yield piece
         finally:
             self.messages.append({"role": "assistant", "content": answer.rstrip()})
+
+
+@contextmanager
+def open_chat(
+    gguf: Path, *, system: str | None = None, format: str | None = None, n_ctx: int | None = None, threads: int = 0
+) -> Iterator[Chat]:
+    """Load a GGUF for a conversation.
+
+    format: of the prompt; None = the GGUF's own template. n_ctx: tokens; None = what the model was trained with, at most
+    MAX_CTX. threads: 0 = physical cores. Raises GgufError, PromptError, EngineError.
+    """
+    file = GgufFile(gguf)
+    style = style_of(file.fields, gguf, format)
+    trained = file.fields.get(f"{file.arch}.context_length", MAX_CTX)
+    with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads) as model:
+        yield Chat(model, style, system)
+
+
+def converse(
+    chat: Chat,
+    ask: Callable[[], str],
+    show: Callable[[Iterator[str]], object],
+    max_tokens: int,
+    temperature: float | None,
+) -> None:
+    """Ask and answer until `ask` raises EOFError; KeyboardInterrupt breaks off an answer, or the line being typed."""
+    while True:
+        try:
+            if text := ask().strip():
+                show(chat.ask(text, max_tokens, temperature))
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
 
 
 def prompt_tokens(model: Model, style: Style, messages: list[Message]) -> list[int]:

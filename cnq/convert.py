@@ -11,6 +11,7 @@ from pathlib import Path
 import gguf
 import numpy as np
 
+from . import prompts
 from . import vocab as vocabs
 from .archs.arch import To, hparams, llama3_factors
 from .checkpoint import Checkpoint, open_checkpoint
@@ -43,6 +44,7 @@ def convert(
     *,
     dtype: str = "auto",
     name: str | None = None,
+    format: str | None = None,
     force: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Converted:
@@ -50,6 +52,7 @@ def convert(
 
     dtype: f16, bf16, f32, q8_0, or auto = what the checkpoint's matrices are in (f16 for f32).
     name: general.name; None = from the model card or the directory's name, as the reference converter does.
+    format: prompt format whose template the GGUF gets when the checkpoint has none (cnq.prompts).
     progress: called with bytes written and bytes in all.
     Raises CheckpointError, UnsupportedArch, UnsupportedVocab, GgufError (a value that is not finite), OutputExists, NoSpace.
     """
@@ -59,6 +62,8 @@ def convert(
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.tokenizer(Path(scratch))
         vocab = vocabs.load(folder, checkpoint.config["vocab_size"])
+        if vocab.chat_template is None and format:
+            vocab.chat_template = prompts.named(format).jinja
         tensors = _plan(checkpoint, target)
         writer = _metadata(checkpoint, vocab, target, tensors, name)
         total = sum(t.nbytes for t in tensors)
@@ -91,7 +96,7 @@ def _auto(checkpoint: Checkpoint) -> TensorType:
 
 
 def _plan(checkpoint: Checkpoint, target: TensorType) -> list[Planned]:
-    """Every tensor with the type it gets: vectors and norms F32, matrices `target`, or F16 where rows do not fill its blocks."""
+    """Every tensor with its type: vectors F32, matrices `target`, or F16 where rows do not fill its blocks."""
     planned = []
     if (factors := llama3_factors(checkpoint.config)) is not None:
         planned.append(Planned("rope_freqs.weight", F32, factors.shape, lambda: [factors]))

@@ -106,10 +106,7 @@ def _not_finite(tensor: Tensor, chunk: np.ndarray, start: int, type: TensorType)
             f"{tensor.name}: {floats[row, column]} at row {start + row}, column {column}. The checkpoint is damaged, "
             "or its training diverged: download it again, or use an earlier one."
         )
-    return (
-        f"{tensor.name}: {np.abs(floats).max():.4g} is too large for {type.name} (at most 65504). "
-        "Convert with --dtype bf16."
-    )
+    return f"{tensor.name}: {np.abs(floats).max():.4g} is too large for {type.name} (at most 65504). Convert with --dtype bf16."
 
 
 # Reading

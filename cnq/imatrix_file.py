@@ -57,7 +57,9 @@ def _read_gguf(path: Path) -> Importance:
     names = [t.removesuffix(SUMS) for t in file.tensors if t.endswith(SUMS)]
     for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
         if key not in file.fields:
-            raise GgufError(f"{path} has no {key}: it is no importance matrix. Expected the output of cnq imatrix or llama-imatrix.")
+            raise GgufError(
+                f"{path} has no {key}: it is no importance matrix. Expected the output of cnq imatrix or llama-imatrix."
+            )
     if lone := [n for n in names if n + COUNTS not in file.tensors]:
         raise GgufError(f"{path}: sums without counts for {listed(lone)}. Compute the importance matrix again.")
     if not names:
@@ -92,7 +94,8 @@ def _read_dat(path: Path) -> Importance:
         return data[at - length : at]
 
     sums, counts = {}, {}
-    n_chunks, datasets = 0, ()
+    n_chunks = 0
+    datasets: tuple[str, ...] = ()
     try:
         n_entries = number()
         if n_entries < 1:

@@ -14,9 +14,7 @@ from .errors import PromptError
 Message = dict[str, str]  # role: system, user or assistant; content
 
 BILINGUAL = "You are a helpful assistant. 你是一个乐于助人的助手。"
-ALPACA_PREAMBLE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-)
+ALPACA_PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 @dataclass(frozen=True)
@@ -49,38 +47,39 @@ _GO_FIRST_USER = '{{- $first := 0 }}{{- if eq (index .Messages 0).Role "system" 
 
 ALPACA = Format(
     name="alpaca",
-    jinja=_SYSTEM_FIRST.replace("DEFAULT", ALPACA_PREAMBLE)
-    + "{{- bos_token + system + '\\n\\n' -}}"
+    jinja=_SYSTEM_FIRST.replace("DEFAULT", ALPACA_PREAMBLE) + "{{- bos_token + system + '\\n\\n' -}}"
     "{%- for m in turns -%}"
     "{%- if m['role'] == 'user' -%}{{- '### Instruction:\\n\\n' + m['content'] + '\\n\\n### Response:\\n\\n' -}}"
     "{%- else -%}{{- m['content'] + '\\n\\n' -}}{%- endif -%}"
     "{%- endfor -%}",
-    go='{{ if .System }}{{ .System }}\n\n{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}### Instruction:\n\n{{ .Content }}'
-    '\n\n### Response:\n\n{{ else if eq .Role "assistant" }}{{ .Content }}\n\n{{ end }}{{ end }}',
+    go=(
+        "{{ if .System }}{{ .System }}\n\n{{ end }}"
+        '{{ range .Messages }}{{ if eq .Role "user" }}### Instruction:\n\n{{ .Content }}\n\n### Response:\n\n'
+        '{{ else if eq .Role "assistant" }}{{ .Content }}\n\n{{ end }}{{ end }}'
+    ),
     stop=("### Instruction:",),
     system=ALPACA_PREAMBLE,
 )
 
 LLAMA_2 = Format(
     name="llama-2",
-    jinja=_SYSTEM_FIRST.replace("DEFAULT", BILINGUAL)
-    + "{%- for m in turns -%}"
+    jinja=_SYSTEM_FIRST.replace("DEFAULT", BILINGUAL) + "{%- for m in turns -%}"
     "{%- if m['role'] == 'user' -%}"
     "{{- bos_token + '[INST] ' + ('<<SYS>>\\n' + system + '\\n<</SYS>>\\n\\n' if loop.first and system else '')"
     " + m['content'] + ' [/INST]' -}}"
     "{%- else -%}{{- ' ' + m['content'] + eos_token -}}{%- endif -%}"
     "{%- endfor -%}",
-    go=_GO_FIRST_USER + '{{ range $i, $m := .Messages }}{{ if eq .Role "user" }}[INST] {{ if and $.System (eq $i $first) }}<<SYS>>\n'
-    '{{ $.System }}\n<</SYS>>\n\n{{ end }}{{ .Content }} [/INST]{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>{{ end }}'
-    "{{ end }}",
+    go=_GO_FIRST_USER
+    + '{{ range $i, $m := .Messages }}{{ if eq .Role "user" }}[INST] {{ if and $.System (eq $i $first) }}<<SYS>>\n'
+    "{{ $.System }}\n<</SYS>>\n\n{{ end }}{{ .Content }} [/INST]"
+    '{{ else if eq .Role "assistant" }} {{ .Content }}</s><s>{{ end }}{{ end }}',
     stop=("[INST]",),
     system=BILINGUAL,
 )
 
 LLAMA_3 = Format(
     name="llama-3",
-    jinja=_SYSTEM_FIRST.replace("DEFAULT", BILINGUAL)
-    + "{%- macro turn(role, content) -%}"
+    jinja=_SYSTEM_FIRST.replace("DEFAULT", BILINGUAL) + "{%- macro turn(role, content) -%}"
     "{{- '<|start_header_id|>' + role + '<|end_header_id|>\\n\\n' + content + '<|eot_id|>' -}}"
     "{%- endmacro -%}"
     "{{- bos_token + turn('system', system) -}}"

@@ -97,7 +97,9 @@ def quantize(
     with replacing(dst, force=force, need=planned.nbytes) as partial:
         quantizer.quantize(_with(request, dst=str(partial), threads=threads), progress)
         if (size := partial.stat().st_size) != planned.nbytes:
-            raise QuantizeError(f"{dst}: {size} bytes were written, {planned.nbytes} foreseen. This is a bug in cnq: please report it.")
+            raise QuantizeError(
+                f"{dst}: {size} bytes were written, {planned.nbytes} foreseen. This is a bug in cnq: please report it."
+            )
     return Quantized(
         path=dst,
         type=planned.type,
@@ -167,12 +169,12 @@ def _require_same_model(src: Path, imatrix: Path | None, file: GgufFile, importa
             raise GgufError(f"{imatrix} is of another model: it has {name}, which {src} has not.")
         shape = file.tensors[name].shape
         if sums.size != shape[-1] * prod(shape[:-2]):
-            raise GgufError(f"{imatrix} is of another model: {sums.size} values for {name}, whose rows in {src} have {shape[-1]}.")
+            raise GgufError(
+                f"{imatrix} is of another model: {sums.size} values for {name}, whose rows in {src} have {shape[-1]}."
+            )
 
 
-def _anchored(
-    type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[tuple[str, str]]
-) -> list[tuple[str, str]]:
+def _anchored(type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """One override for each tensor that llama.cpp would quantize: the user's, or its own choice.
 
     An override of some attn_v or ffn_down alone would shift llama.cpp's schedule for the rest: it counts those it decides.
@@ -185,7 +187,9 @@ def _anchored(
         except re.error as error:
             raise QuantizeError(f"--tensor-type {pattern}: not a regular expression ({error}).") from None
         if not hit:
-            raise QuantizeError(f"--tensor-type {pattern}: no tensor has such a name. Names are like {listed(file.tensors, 4)}.")
+            raise QuantizeError(
+                f"--tensor-type {pattern}: no tensor has such a name. Names are like {listed(file.tensors, 4)}."
+            )
     overrides = []
     for choice in stock:
         if choice.type == file.tensors[choice.name].type and choice.wanted is None:

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -111,7 +110,10 @@ def _write_shards(folder: Path, planned: list[Planned], max_bytes: int, wrote: C
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, wrote)
     index = {
-        "metadata": {"total_size": sum(t.nbytes for t in planned), "total_parameters": sum(prod(t.shape) for t in planned)},
+        "metadata": {
+            "total_size": sum(t.nbytes for t in planned),
+            "total_parameters": sum(prod(t.shape) for t in planned),
+        },
         "weight_map": {t.name: name for name, shard in zip(names, shards, strict=True) for t in shard},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")

@@ -75,7 +75,8 @@ class Arch:
             value = config.get(key)
             if not isinstance(value, int | float) or value <= 0:
                 raise CheckpointError(
-                    f"config.json: {key} is {value!r}, expected a number above 0. Take config.json from the model's own repository."
+                    f"config.json: {key} is {value!r}, expected a number above 0. "
+                    "Take config.json from the model's own repository."
                 )
         for key, value in self.requires:
             if config.get(key, value) != value:
@@ -181,8 +182,10 @@ def _rope_scaling(settings: Config) -> Iterator[tuple[str, str, Any]]:
     if kind == "yarn":
         original = settings["original_max_position_embeddings"]
         if original is None:
-            raise CheckpointError("config.json: yarn rope scaling without original_max_position_embeddings. Add it: the "
-                                  "context length of the model before it was extended.")
+            raise CheckpointError(
+                "config.json: yarn rope scaling without original_max_position_embeddings. Add it: the "
+                "context length of the model before it was extended."
+            )
         yield "rope.scaling.original_context_length", U32, original
         for key, names in _YARN:
             value = next((settings[n] for n in names if settings.get(n) is not None), None)
@@ -200,8 +203,9 @@ def llama3_factors(config: Config) -> np.ndarray | None:
     if settings["rope_type"] != "llama3":
         return None
     d = head_dim(config)
-    factor, low, high = (settings.get(k, default) for k, default in
-                         (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0)))
+    factor, low, high = (
+        settings.get(k, default) for k, default in (("factor", 8.0), ("low_freq_factor", 1.0), ("high_freq_factor", 4.0))
+    )
     original = settings["original_max_position_embeddings"] or 8192
     # To the bit as torch has it, which models run with: the power rounded once to float32 (numpy's own float32 power is
     # up to two bits off), and a / x as the product a * (1 / x).
@@ -246,7 +250,9 @@ def config_of(fields: dict[str, Any], arch: Arch) -> Config:
             "rms_norm_eps": _decimal(fields[f"{arch.gguf}.attention.layer_norm_rms_epsilon"]),
         }
     except KeyError as error:
-        raise CheckpointError(f"the GGUF has no {error.args[0]}; it is incomplete. Convert it again from its checkpoint.") from None
+        raise CheckpointError(
+            f"the GGUF has no {error.args[0]}; it is incomplete. Convert it again from its checkpoint."
+        ) from None
     rope_theta = _decimal(get("rope.freq_base", 10000.0))
     config["rope_theta"] = rope_theta
     kind = get("rope.scaling.type", "none")

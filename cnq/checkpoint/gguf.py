@@ -45,7 +45,9 @@ def open_gguf(path: Path) -> Checkpoint:
         vocab.write(file.fields, scratch)
         return scratch
 
-    entries = {hf: Entry(file.tensors[gguf].type, file.tensors[gguf].shape) for hf, (gguf, _) in rules.items() if gguf in file.tensors}
+    entries = {
+        hf: Entry(file.tensors[gguf].type, file.tensors[gguf].shape) for hf, (gguf, _) in rules.items() if gguf in file.tensors
+    }
     return Checkpoint(path=path, arch=arch, config=config, entries=entries, read=read, tokenizer=tokenizer)
 
 
@@ -56,8 +58,13 @@ def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> di
     """
     factors = file.tensor(_ROPE).float32()
     for original in (8192, *(1024 << n for n in range(8))):
-        scaling = {"rope_type": "llama3", "factor": float(factors.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                   "original_max_position_embeddings": original}
+        scaling = {
+            "rope_type": "llama3",
+            "factor": float(factors.max()),
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": original,
+        }
         made = llama3_factors({**config, "rope_scaling": scaling})
         if made is not None and made.shape == factors.shape and abs(made - factors).max() < 1e-5:
             return scaling

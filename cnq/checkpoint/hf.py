@@ -42,7 +42,9 @@ def open_hf(path: Path) -> Checkpoint:
     for shard in _shards(path):
         found = _safetensors(shard) if shard.suffix == ".safetensors" else _torch_pickle(shard)
         if twice := weights.keys() & found.keys():
-            raise CheckpointError(f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download.")
+            raise CheckpointError(
+                f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download."
+            )
         weights |= found
     _require_indexed(path, set(weights))
     weights = {name: w for name, w in weights.items() if not name.endswith(DROPPED)}
@@ -115,7 +117,9 @@ def _shards(path: Path) -> list[Path]:
         names = sorted(set(files.values()))
         for name in names:
             if not isinstance(name, str) or Path(name).name != name:
-                raise CheckpointError(f"{index_path} names a file outside the model's directory: {name!r}. Do not use this download.")
+                raise CheckpointError(
+                    f"{index_path} names a file outside the model's directory: {name!r}. Do not use this download."
+                )
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -126,8 +130,10 @@ def _shards(path: Path) -> list[Path]:
         if found := sorted(path.glob(pattern)):
             return found
     if any(path.glob("consolidated.*.pth")):
-        raise CheckpointError(f"{path} is in Meta's format (consolidated.*.pth), which this version of cnq does not read. "
-                              "Use the model's Hugging Face directory.")
+        raise CheckpointError(
+            f"{path} is in Meta's format (consolidated.*.pth), which this version of cnq does not read. "
+            "Use the model's Hugging Face directory."
+        )
     holds = listed(sorted(p.name for p in path.iterdir()))
     raise CheckpointError(
         f"{path} has no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards (it holds {holds})."

@@ -63,7 +63,9 @@ class Model:
         self._ctx = lib.llama_init_from_model(self._model, context)
         if not self._ctx:
             self.close()
-            raise EngineError(f"llama.cpp cannot make room for a context of {n_ctx} tokens: {_complaint()} Try a smaller --ctx.")
+            raise EngineError(
+                f"llama.cpp cannot make room for a context of {n_ctx} tokens: {_complaint()} Try a smaller --ctx."
+            )
         self._vocab = lib.llama_model_get_vocab(self._model)
         self._memory = lib.llama_get_memory(self._ctx)
         self.n_ctx = int(lib.llama_n_ctx(self._ctx))

@@ -69,7 +69,11 @@ def quantize(request: Request, progress: Callable[[str, int, int], object] = lam
     Returns what became of each tensor. Raises QuantizeError with llama.cpp's words, or the signal that killed the child.
     """
     child = subprocess.Popen(
-        [sys.executable, "-m", __name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     assert child.stdin and child.stdout and child.stderr
     errors: list[str] = []

@@ -46,8 +46,8 @@ def _compare(folder: Path, vocab: Vocab, rows: int) -> None:
     if spare and (rows % 8 or spare > rows // 20):
         raise VocabMismatch(
             f"{folder}: the tokenizer has {vocab.n_tokens} tokens, the embedding {rows} rows, too many for padding. "
-            f"The tokenizer is another model's (LLaMA 32000, Chinese-LLaMA 49953, Chinese-Alpaca 49954, Chinese-LLaMA-2 55296, "
-            f"LLaMA-3 128256): take the one with {rows} tokens."
+            "The tokenizer is another model's (LLaMA 32000, Chinese-LLaMA 49953, Chinese-Alpaca 49954, "
+            f"Chinese-LLaMA-2 55296, LLaMA-3 128256): take the one with {rows} tokens."
         )
     if spare:
         vocab.notes.append(f"{spare} of {rows} embedding rows belong to no token: padding")
@@ -66,7 +66,9 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     tokens = fields["tokenizer.ggml.tokens"]
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
     config: dict[str, Any] = {
-        f"{name}_token": tokens[fields[key]] for name, gguf in names.items() if (key := f"tokenizer.ggml.{gguf}_token_id") in fields
+        f"{name}_token": tokens[fields[key]]
+        for name, gguf in names.items()
+        if (key := f"tokenizer.ggml.{gguf}_token_id") in fields
     }
     for name in ("bos", "eos"):
         if (key := f"tokenizer.ggml.add_{name}_token") in fields:
@@ -78,8 +80,14 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     if model == "llama":
         config["legacy"] = True
         config["added_tokens_decoder"] = {
-            str(id): {"content": token, "special": kind == Kind.CONTROL, "normalized": False,
-                      "lstrip": False, "rstrip": False, "single_word": False}
+            str(id): {
+                "content": token,
+                "special": kind == Kind.CONTROL,
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
             for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
             if kind in (Kind.CONTROL, Kind.USER_DEFINED)
         }

@@ -18,7 +18,8 @@ _DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"  # what Digits stands for
 
 def _gpt4(digits: str) -> str:
     return (
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        + digits
         + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
 
@@ -43,7 +44,8 @@ _DEEPSEEK_LLM = (
 _DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[一-龥぀-ゟ゠-ヿ]+",
-    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|"""
+    r"""[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 
 # (expressions, whether a word that is a token skips the merges) -> tokenizer.ggml.pre
@@ -153,8 +155,15 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     cuts, skips = found
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     added = [
-        {"id": id, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-         "special": kind == Kind.CONTROL}
+        {
+            "id": id,
+            "content": token,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+            "special": kind == Kind.CONTROL,
+        }
         for id, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         if kind in (Kind.CONTROL, Kind.USER_DEFINED)
     ]

@@ -50,8 +50,11 @@ def load_model(folder: Path, rows: int) -> Vocab:
             vocab.set(int(key), *added_kind(entry["content"], entry), _ADDED_SCORE)
     vocab.special = {
         name: id
-        for name, id in (("bos", model.trainer_spec.bos_id), ("eos", model.trainer_spec.eos_id),
-                         ("unk", model.trainer_spec.unk_id))
+        for name, id in (
+            ("bos", model.trainer_spec.bos_id),
+            ("eos", model.trainer_spec.eos_id),
+            ("unk", model.trainer_spec.unk_id),
+        )
         if id >= 0
     }
     _normalizer_notes(vocab, model.normalizer_spec)
@@ -73,7 +76,7 @@ def load_json(folder: Path, rows: int) -> Vocab:
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(model["merges"]):
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
-    unreachable = []
+    unreachable: list[int] = []
     for text, id in ids.items():
         if not _within(vocab, id, rows):
             continue
@@ -85,10 +88,8 @@ def load_json(folder: Path, rows: int) -> Vocab:
     for id, entry in added.items():
         if _within(vocab, id, rows):
             vocab.set(id, *added_kind(entry["content"], entry), _ADDED_SCORE)
-    if unreachable := [vocab.tokens[id] for id in unreachable if id not in added]:
-        vocab.notes.append(
-            f"{len(unreachable)} tokens that no merge makes ({listed(unreachable)}): HF never produces them, llama.cpp may"
-        )
+    if never := [vocab.tokens[id] for id in unreachable if id not in added]:
+        vocab.notes.append(f"{len(never)} tokens that no merge makes ({listed(never)}): HF never produces them, llama.cpp may")
     unk = model.get("unk_token")
     if unk in ids:
         vocab.special["unk"] = ids[unk]

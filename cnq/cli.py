@@ -1,0 +1,270 @@
+"""The command line: flags in, one call, one result out."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from . import __version__, terminal
+from .errors import CnqError
+
+FILE = click.Path(path_type=Path)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
+THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
+FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
+
+
+class Cli(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CnqError as error:  # the user can act on it: the message, exit 1. Anything else is our bug.
+            raise click.ClickException(str(error)) from error
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted; nothing half-made was left behind", err=True)
+            sys.exit(130)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(self.commands)  # in the order of the road
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__)
+def cli() -> None:
+    """From a Chinese LLaMA checkpoint to a chat on an ordinary CPU.
+
+    \b
+    cnq build tiny                       the whole road with a small model
+    cnq build 7b -t Q4_K_M -t Q5_K_M     Chinese-Alpaca-2-7B in two sizes
+    """
+    logging.getLogger("gguf").setLevel(logging.ERROR)
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(encoding="utf-8", errors="replace")  # a Windows console, or LANG=C
+
+
+@cli.command()
+@click.argument("model")
+@click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True, help="Quantization; repeatable.")
+@click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
+@FORMAT
+@click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
+@click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
+@THREADS
+@JSON
+def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None:
+    """Take MODEL the whole road: download, convert, quantize, write a Modelfile.
+
+    MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
+
+    \b
+    cnq build tiny
+    cnq build 7b -t Q4_K_M -t Q8_0 --out /data/alpaca
+    cnq build ./my-merged-model --format llama-2
+    """
+    from .build import build
+
+    result = build(model, report=terminal.Progress(quiet=as_json), **options)
+    terminal.emit(result, as_json, terminal.show_built)
+    if prompt is not None and not as_json:
+        from .chat import open_chat
+
+        question = prompt or result.question
+        with open_chat(result.result, format=options["format"], threads=options["threads"]) as talk:
+            click.echo(f"\n>>> {question}")
+            terminal.stream(talk.ask(question, max_tokens=256))
+
+
+@cli.command()
+@JSON
+def models(as_json: bool) -> None:
+    """List what MODEL may be, with the size and memory of a Q4_K_M.
+
+    \b
+    cnq models
+    """
+    from . import catalog
+
+    terminal.emit(list(catalog.models().values()), as_json, terminal.show_models)
+
+
+@cli.command()
+@click.argument("src", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option("--dtype", type=click.Choice(["auto", "f16", "bf16", "f32", "q8_0"]), default="auto", show_default=True,
+              help="Of the matrices; auto = the checkpoint's.")  # fmt: skip
+@click.option("--name", help="general.name.  [default: from the model card or the directory]")
+@click.option("--format", help="Prompt format to write when the checkpoint has no chat template: alpaca, llama-2, …")
+@FORCE
+@JSON
+def convert(as_json: bool, **options: Any) -> None:
+    """Write the checkpoint SRC (Hugging Face directory, or a GGUF) as the float GGUF DST.
+
+    \b
+    cnq convert chinese-alpaca-2-7b/ a2-f16.gguf --dtype f16
+    cnq convert my-sft-model/ my.gguf --format llama-2
+    """
+    from .convert import convert
+
+    with terminal.Progress(quiet=as_json).bar("converting", "bytes") as progress:
+        result = convert(progress=progress, **options)
+    terminal.emit(result, as_json, lambda r: click.echo(
+        f"{r.path}: {r.arch}, {r.dtype}, {r.n_tensors} tensors, {r.n_params:,} weights, {r.n_vocab} tokens, "
+        f"{terminal.size(r.nbytes)} in {r.seconds:.1f} s"
+    ))  # fmt: skip
+
+
+@cli.command()
+@click.argument("src", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option("-t", "--type", required=True, help="Quantization, e.g. Q4_K_M; a wrong name lists all that llama.cpp offers.")
+@click.option("--imatrix", type=FILE, help="Importance matrix, GGUF or legacy .dat; the smallest types need one.")
+@click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
+              help="Another type for tensors whose name the regular expression finds; repeatable.")  # fmt: skip
+@click.option("--output-type", help="Type of output.weight.")
+@click.option("--embedding-type", help="Type of token_embd.weight.")
+@click.option("--pure", is_flag=True, help="One type throughout instead of llama.cpp's mixture.")
+@click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
+@click.option("--dry-run", is_flag=True, help="Only show what each tensor becomes, and the exact size of the file.")
+@THREADS
+@FORCE
+@JSON
+def quantize(
+    as_json: bool, dry_run: bool, dst: Path, force: bool, threads: int, tensor_types: Sequence[str], **options: Any
+) -> None:
+    """Shrink the float GGUF SRC into DST, to the bit as llama-quantize does.
+
+    \b
+    cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M
+    cnq quantize a2-f16.gguf a2-iq2.gguf -t IQ2_M --imatrix a2.imatrix.gguf
+    cnq quantize a2-f16.gguf a2-mix.gguf -t Q4_K_M --tensor-type 'attn_v=Q8_0' --dry-run
+    """
+    from .quantize import plan, quantize
+
+    for name in ("output_type", "embedding_type"):
+        options[name] = options[name] and options[name].upper()
+    wishes = [_wish(w) for w in tensor_types]
+    if dry_run:
+        terminal.emit(plan(tensor_types=wishes, **options), as_json, terminal.show_plan)
+        return
+    with terminal.Progress(quiet=as_json).bar("quantizing", "tensors") as progress:
+        result = quantize(
+            dst=dst,
+            force=force,
+            threads=threads,
+            tensor_types=wishes,
+            progress=lambda _, i, n: progress(i, n),
+            **options,
+        )
+    terminal.emit(result, as_json, lambda r: click.echo(
+        f"{r.path}: {r.type}, {r.bits_per_weight:.2f} bits/weight, "
+        f"{terminal.size(r.nbytes_before)} → {terminal.size(r.nbytes)} in {r.seconds:.1f} s"
+    ))  # fmt: skip
+
+
+@cli.command("to-hf")
+@click.argument("src", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option("--dtype", type=click.Choice(["auto", "f16", "bf16", "f32"]), default="auto", show_default=True,
+              help="auto = the GGUF's; f16 when it is quantized.")  # fmt: skip
+@FORCE
+@JSON
+def to_hf_command(as_json: bool, **options: Any) -> None:
+    """Write the GGUF SRC as the Hugging Face checkpoint DST, a directory.
+
+    \b
+    cnq to-hf model.gguf model-hf/
+    """
+    from .to_hf import to_hf
+
+    with terminal.Progress(quiet=as_json).bar("restoring", "bytes") as progress:
+        result = to_hf(progress=progress, **options)
+    lossy = lambda r: f"; {r.decoded} were quantized, and stay as exact as that" if r.decoded else ""  # noqa: E731
+    terminal.emit(result, as_json, lambda r: click.echo(
+        f"{r.path}/: {r.arch}, {r.dtype}, {r.n_tensors} tensors{lossy(r)}, {terminal.size(r.nbytes)} in {r.seconds:.1f} s"
+    ))  # fmt: skip
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@JSON
+def inspect(gguf: Path, as_json: bool) -> None:
+    """Show what is in a GGUF.
+
+    \b
+    cnq inspect models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
+    """
+    from .inspection import inspect
+
+    terminal.emit(inspect(gguf), as_json, terminal.show_inspected)
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF]")
+@FORMAT
+@FORCE
+@JSON
+def ollama(gguf: Path, output: Path | None, format: str | None, force: bool, as_json: bool) -> None:
+    """Write the Modelfile that makes a GGUF an Ollama model.
+
+    \b
+    cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
+    ollama create my-model -f models/tiny/Modelfile
+    """
+    from .ollama import write_modelfile
+
+    result = write_modelfile(gguf, output or gguf.parent / "Modelfile", format=format, force=force)
+    terminal.emit(result, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--prompt", help="Ask this, print the answer, and end.")
+@click.option("--system", help="What the model is told first.")
+@FORMAT
+@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Context in tokens.  [default: the model's, at most 4096]")
+@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of one answer.")
+@click.option("--temperature", type=click.FloatRange(0), help="0 = always the likeliest.  [default: the authors' setting]")
+@THREADS
+@JSON
+def chat(gguf: Path, prompt: str | None, as_json: bool, max_tokens: int, temperature: float | None, **options: Any) -> None:
+    """Talk with a GGUF in the terminal; Ctrl-C stops an answer, Ctrl-D ends the conversation.
+
+    \b
+    cnq chat model-Q4_K_M.gguf
+    cnq chat model-Q4_K_M.gguf --prompt 用一句话解释什么是量化
+    """
+    from .chat import converse, open_chat
+
+    if as_json and prompt is None:
+        raise click.UsageError("--json needs --prompt.")
+    with open_chat(gguf, **options) as talk:
+        if prompt is None:
+            converse(talk, _question(), terminal.stream, max_tokens, temperature)
+        elif as_json:
+            answer = "".join(talk.ask(prompt, max_tokens, temperature))
+            terminal.emit({"prompt": prompt, "answer": answer}, True, click.echo)
+        else:
+            terminal.stream(talk.ask(prompt, max_tokens, temperature))
+
+
+def _question() -> Callable[[], str]:
+    """What reads the user's next question: a line editor that knows wide characters; on a pipe, plain lines."""
+    if not sys.stdin.isatty():
+        return input
+    from prompt_toolkit import PromptSession
+
+    session: Any = PromptSession(">>> ")
+    return session.prompt
+
+
+def _wish(text: str) -> tuple[str, str]:
+    pattern, sign, type = text.rpartition("=")
+    if not sign or not pattern:
+        raise click.BadParameter(f"{text!r}: expected PATTERN=TYPE, e.g. attn_v=Q8_0.", param_hint="--tensor-type")
+    return pattern, type.upper()

@@ -1,0 +1,58 @@
+"""What is in a GGUF: family, sizes, tokenizer, prompt format, tensors by type."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from . import prompts
+from .gguf_file import GgufFile
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """types: tensor type -> (tensors, bytes). format: the prompt format that the chat template says, None = none known."""
+
+    path: Path
+    arch: str
+    name: str | None
+    n_params: int
+    bits_per_weight: float
+    nbytes: int
+    n_ctx: int | None
+    n_layers: int | None
+    n_vocab: int
+    tokenizer: str
+    format: str | None
+    has_template: bool
+    types: dict[str, tuple[int, int]]
+    fields: dict[str, Any]
+
+
+def inspect(path: Path) -> Inspected:
+    """Read a GGUF's metadata. Raises GgufError."""
+    file = GgufFile(path)
+    fields = file.fields
+    template = prompts.template_of(fields)
+    known = prompts.of_template(template) if template else None
+    count = Counter(t.type.name for t in file.tensors.values())
+    size: Counter[str] = Counter()
+    for t in file.tensors.values():
+        size[t.type.name] += t.nbytes
+    model, pre = fields.get("tokenizer.ggml.model", "none"), fields.get("tokenizer.ggml.pre")
+    return Inspected(
+        path=path,
+        arch=file.arch,
+        name=fields.get("general.name"),
+        n_params=file.n_params,
+        bits_per_weight=file.bits_per_weight,
+        nbytes=path.stat().st_size,
+        n_ctx=fields.get(f"{file.arch}.context_length"),
+        n_layers=fields.get(f"{file.arch}.block_count"),
+        n_vocab=len(fields.get("tokenizer.ggml.tokens", ())),
+        tokenizer=f"{model} ({pre})" if pre else model,
+        format=known[0].name if known else None,
+        has_template=template is not None,
+        types={name: (count[name], size[name]) for name, _ in size.most_common()},
+        fields={key: value if not isinstance(value, list) else f"list of {len(value)}" for key, value in fields.items()},
+    )

@@ -1,0 +1,154 @@
+"""What a person sees of a command: tables, progress bars, notes, an answer as it comes."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from .build import Built, Made
+    from .catalog import Model
+    from .inspection import Inspected
+    from .quantize import Plan
+
+
+def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
+    """Print a result: one JSON object, or `show` and then its notes, which go to stderr."""
+    if as_json:
+        click.echo(json.dumps(_plain(result), ensure_ascii=False))
+        return
+    show(result)
+    for note in getattr(result, "notes", ()):
+        click.echo(f"note: {note}", err=True)
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def size(n: int | None) -> str:
+    """Bytes for a person; the empty string for None."""
+    from rich.filesize import decimal
+
+    return decimal(n) if n is not None else ""
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns; those that hold numbers only are flush right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, title in enumerate(head):
+        number = all(row[i][:1].isdigit() or not row[i] for row in rows) and any(row[i] for row in rows)
+        out.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        out.add_row(*row)
+    Console(highlight=False).print(out)
+
+
+def show_models(entries: list["Model"]) -> None:
+    table(
+        ("MODEL", "weights", "≈ Q4_K_M", "≈ RAM", "prompt", "from"),
+        [
+            (m.name, f"{(m.params or 0) / 1e9:.1f}B", size(m.q4_bytes), size(m.ram_bytes), m.prompt or "",
+             f"{m.wheel or m.hub}" + (f" + {len(m.loras)} LoRAs" if m.loras else ""))
+            for m in entries
+        ],
+    )  # fmt: skip
+    click.echo("MODEL may also be a model's directory, a GGUF file, or a hub id (owner/name).")
+
+
+def show_built(result: "Built") -> None:
+    def row(made: "Made") -> tuple[str, ...]:
+        seconds = "kept" if made.seconds is None else f"{made.seconds:.1f}"
+        return made.path.name, made.type, f"{made.bits_per_weight:.2f}", size(made.nbytes), seconds
+
+    table(("file", "type", "bits/weight", "size", "seconds"), [row(m) for m in result.files])
+    for note in dict.fromkeys(note for made in result.files for note in made.notes):
+        click.echo(f"note: {note}")
+    click.echo(f"chat    cnq chat {result.result}")
+    click.echo(f"Ollama  ollama create {result.model} -f {result.modelfile}")
+
+
+def show_plan(plan: "Plan") -> None:
+    rows = [
+        (
+            t.name,
+            "x".join(map(str, t.shape)),
+            t.from_type,
+            t.type,
+            f"for {t.wanted}" if t.wanted else "",
+            size(t.nbytes),
+        )
+        for t in plan.tensors
+    ]
+    table(("tensor", "shape", "is", "becomes", "", "size"), rows)
+    click.echo(f"{plan.type}: {plan.nbytes} bytes ({size(plan.nbytes)}), {plan.bits_per_weight:.2f} bits/weight")
+
+
+def show_inspected(found: "Inspected") -> None:
+    template = found.format or ("of its own" if found.has_template else "none")
+    click.echo(
+        f"{found.name or found.path.name}: {found.arch}, {found.n_params:,} weights, {found.n_layers} layers, "
+        f"context {found.n_ctx}"
+    )
+    click.echo(f"{size(found.nbytes)}, {found.bits_per_weight:.2f} bits/weight")
+    click.echo(f"{found.n_vocab} tokens, {found.tokenizer}; prompt format {template}")
+    table(("type", "tensors", "size"), [(name, str(n), size(nbytes)) for name, (n, nbytes) in found.types.items()])
+    for key, value in found.fields.items():
+        text = repr(value) if isinstance(value, str) else str(value)
+        click.echo(f"{key} = {text if len(text) <= 100 else text[:99] + '…'}")
+
+
+def stream(pieces: Iterator[str]) -> None:
+    """Print an answer as it comes."""
+    for piece in pieces:
+        click.echo(piece, nl=False)
+    click.echo()
+
+
+class Progress:
+    """What a command says while it works, on stderr: bars by rich; on a pipe, a line for each step."""
+
+    def __init__(self, quiet: bool = False):
+        self.quiet = quiet
+
+    def say(self, text: str) -> None:
+        if not self.quiet:
+            click.echo(text, err=True)
+
+    def skipped(self, path: Path) -> None:
+        self.say(f"{path} is up to date")
+
+    @contextmanager
+    def bar(self, what: str, unit: str) -> Iterator[Callable[[int, int], object]]:
+        if self.quiet or not sys.stderr.isatty():
+            self.say(what)
+            yield lambda done, total: None
+            return
+        from rich import progress
+        from rich.console import Console
+
+        count = progress.DownloadColumn() if unit == "bytes" else progress.MofNCompleteColumn()
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            count,
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+            task = bars.add_task(what, total=None)
+            yield lambda done, total: bars.update(task, completed=done, total=total)
