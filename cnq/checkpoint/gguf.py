@@ -57,7 +57,7 @@ def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> di
     The largest factor is `factor`; the trained context is found by trying (8192 for LLaMA 3.1 and 3.2).
     """
     factors = file.tensor(_ROPE).float32()
-    for original in (8192, *(1024 << n for n in range(8))):
+    for original in (8192, *(64 << n for n in range(12))):
         scaling = {
             "rope_type": "llama3",
             "factor": float(factors.max()),

@@ -11,7 +11,7 @@ import numpy as np
 import psutil
 
 from ..errors import EngineError
-from ..gguf_file import GgufFile
+from ..gguf_file import F32, GgufFile
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
 
@@ -44,8 +44,10 @@ class Sampling:
 class Model:
     """A model with one sequence of context. Use it in a `with`, or call close()."""
 
-    def __init__(self, path: Path, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0):
+    def __init__(self, path: Path, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, exact: bool = False):
         """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
+
+        exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
 
         Raises GgufError (no GGUF, cut short), EngineError with llama.cpp's words.
         """
@@ -60,6 +62,9 @@ class Model:
         context = lib.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
         context.n_threads = context.n_threads_batch = n_threads or cores
+        if exact:
+            context.type_k = context.type_v = F32.id
+            context.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._ctx = lib.llama_init_from_model(self._model, context)
         if not self._ctx:
             self.close()

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,6 +75,7 @@ def quantize(request: Request, progress: Callable[[str, int, int], object] = lam
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
     )
     assert child.stdin and child.stdout and child.stderr
     errors: list[str] = []
@@ -82,8 +84,9 @@ def quantize(request: Request, progress: Callable[[str, int, int], object] = lam
     choices: list[Choice] = []
     failure: str | None = "llama.cpp ended without an answer"
     try:
-        child.stdin.write(json.dumps(asdict(request)) + "\n")
-        child.stdin.flush()
+        with suppress(BrokenPipeError):  # it is dead already: its exit code will tell
+            child.stdin.write(json.dumps(asdict(request)) + "\n")
+            child.stdin.flush()
         for line in child.stdout:
             event = json.loads(line)
             if "progress" in event:
@@ -99,9 +102,10 @@ def quantize(request: Request, progress: Callable[[str, int, int], object] = lam
         child.wait()
         reader.join()
         for stream in (child.stdin, child.stdout, child.stderr):
-            stream.close()
+            with suppress(BrokenPipeError):
+                stream.close()
     if child.returncode < 0:
-        failure = f"llama.cpp was ended by {signal.Signals(-child.returncode).name}. {' '.join(errors[-3:]).strip()}"
+        failure = f"llama.cpp was ended by {signal.Signals(-child.returncode).name}. {''.join(errors[-1:]).strip()}"
     elif child.returncode:
         failure = "".join(errors[-3:]).strip()
     if failure:
@@ -151,8 +155,12 @@ class _Log:
         return text.rpartition("failed to quantize: ")[2]
 
 
+# Native code prints to stdout now and then: the answers get a descriptor of their own.
+_answers = os.fdopen(os.dup(1), "w") if __name__ == "__main__" else sys.stdout
+
+
 def _tell(**event: Any) -> None:
-    print(json.dumps(event), flush=True)
+    print(json.dumps(event), file=_answers, flush=True)
 
 
 def _run(request: Request) -> str | None:
@@ -236,6 +244,7 @@ def _requests() -> Iterator[Request]:
 
 
 if __name__ == "__main__":
+    os.dup2(2, 1)
     for request in _requests():
         threading.Thread(target=_die_with_parent, daemon=True).start()
         _tell(failure=_run(request))

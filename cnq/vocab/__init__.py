@@ -88,8 +88,10 @@ def write(fields: dict[str, Any], folder: Path) -> None:
                 "rstrip": False,
                 "single_word": False,
             }
-            for id, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
-            if kind in (Kind.CONTROL, Kind.USER_DEFINED)
+            for id, (token, kind, score) in enumerate(
+                zip(tokens, fields["tokenizer.ggml.token_type"], fields["tokenizer.ggml.scores"], strict=True)
+            )
+            if kind in (Kind.CONTROL, Kind.USER_DEFINED) and score == spm.ADDED_SCORE
         }
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template

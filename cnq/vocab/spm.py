@@ -12,7 +12,7 @@ from ..errors import UnsupportedVocab, listed
 from .special import read
 from .vocab import Kind, Vocab, added_kind, placeholder
 
-_ADDED_SCORE, _PLACEHOLDER_SCORE = -1000.0, -10000.0  # the reference converter's
+ADDED_SCORE, _PLACEHOLDER_SCORE = -1000.0, -10000.0  # the reference converter's
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -43,11 +43,11 @@ def load_model(folder: Path, rows: int) -> Vocab:
         vocab.set(id, piece.piece, Kind.NORMAL if kind == Kind.USER_DEFINED else kind, piece.score)
     for text, id in read(folder / "added_tokens.json").items():
         if _within(vocab, id, rows):
-            vocab.set(id, text, Kind.USER_DEFINED, _ADDED_SCORE)
+            vocab.set(id, text, Kind.USER_DEFINED, ADDED_SCORE)
     tokenizer_config = read(folder / "tokenizer_config.json")
     for key, entry in tokenizer_config.get("added_tokens_decoder", {}).items():
         if _within(vocab, int(key), rows):
-            vocab.set(int(key), *added_kind(entry["content"], entry), _ADDED_SCORE)
+            vocab.set(int(key), *added_kind(entry["content"], entry), ADDED_SCORE)
     vocab.special = {
         name: id
         for name, id in (
@@ -87,7 +87,7 @@ def load_json(folder: Path, rows: int) -> Vocab:
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
     for id, entry in added.items():
         if _within(vocab, id, rows):
-            vocab.set(id, *added_kind(entry["content"], entry), _ADDED_SCORE)
+            vocab.set(id, *added_kind(entry["content"], entry), ADDED_SCORE)
     if never := [vocab.tokens[id] for id in unreachable if id not in added]:
         vocab.notes.append(f"{len(never)} tokens that no merge makes ({listed(never)}): HF never produces them, llama.cpp may")
     unk = model.get("unk_token")
