@@ -73,11 +73,12 @@ def modelfile(gguf: Path, folder: Path, format: str | None = None) -> tuple[str,
 
 
 def _quoted(value: str) -> str:
-    """A value as Ollama's parser reads it back: it knows no escapes, only plain words and triple quotes."""
-    if '"""' in value:
-        raise PromptError(f'a Modelfile cannot hold """: {value[:80]!r}')
-    plain = value == value.strip() and not any(c in value for c in '\n"')
-    return value if plain and value else f'"""{value}"""'
+    """A value as Ollama's parser reads it back: to the end of the line, or between triple quotes; it knows no escapes."""
+    if value and value == value.strip() and "\n" not in value and not value.startswith('"'):
+        return value
+    if '"""' in value or value.endswith('"'):
+        raise PromptError(f"a Modelfile cannot hold this text, its quotes end too early: {value[:80]!r}")
+    return f'"""{value}"""'
 
 
 def _dropped(text: str) -> list[str]:

@@ -8,9 +8,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).parent / "golden"))
 
-import tiny  # noqa: E402
+import tiny
 
-from cnq.convert import convert  # noqa: E402
+from cnq.convert import convert
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_a_type_is_refused_without_an_imatrix_exactly_when_llama_cpp_refuses(typ
 
 def test_a_pure_type_that_would_abort_llama_cpp_is_refused(wide_gguf, imatrix, tmp_path):
     """No importance data is collected for the embedding, and ggml aborts the process for lack of it."""
-    with pytest.raises(ImatrixRequired, match="--embedding-type|--output-type"):
+    with pytest.raises(ImatrixRequired, match=r"--embedding-type|--output-type"):
         quantize(wide_gguf, tmp_path / "q.gguf", "IQ1_S", imatrix=imatrix, pure=True)
     options = {"embedding_type": "Q4_K", "output_type": "Q4_K", "pure": True}
     assert quantize(wide_gguf, tmp_path / "q.gguf", "IQ1_S", imatrix=imatrix, **options).nbytes
@@ -141,7 +141,7 @@ def test_a_crash_of_native_code_is_one_error(wide_gguf, tmp_path, monkeypatch):
         return child
 
     monkeypatch.setattr(quantizer.subprocess, "Popen", dying)
-    with pytest.raises(QuantizeError, match="SIGKILL|could not be started|without an answer"):
+    with pytest.raises(QuantizeError, match=r"SIGKILL"):
         quantize(wide_gguf, tmp_path / "q.gguf", "Q4_K_M")
     assert not list(tmp_path.iterdir())
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..errors import UnsupportedArch, listed
+from ..errors import CheckpointError, UnsupportedArch, listed
 from .arch import Arch
 from .llama import LLAMA
 from .qwen2 import QWEN2
@@ -11,8 +11,10 @@ ARCHS = (LLAMA, QWEN2)
 
 
 def of_config(config: dict[str, Any]) -> Arch:
-    """The family of a config.json. Raises UnsupportedArch, naming the family found and those known."""
+    """The family of a config.json. Raises UnsupportedArch, naming the family found and those known; CheckpointError."""
     classes = config.get("architectures") or []
+    if not isinstance(classes, list):
+        raise CheckpointError(f"config.json: architectures is {classes!r}, expected a list of names.")
     for arch in ARCHS:
         if any(c in arch.classes for c in classes) or (not classes and config.get("model_type") == arch.model_type):
             arch.check(config)

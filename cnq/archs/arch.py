@@ -49,6 +49,10 @@ class To:
 # Tensors left out of the GGUF on purpose: llama.cpp derives the rotary frequencies from rope.freq_base.
 DROPPED = (".rotary_emb.inv_freq",)
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # may be absent or null
+_MOST = {"num_hidden_layers": 512}  # llama.cpp src/llama-hparams.h, LLAMA_MAX_LAYERS
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -71,13 +75,12 @@ class Arch:
 
     def check(self, config: Config) -> None:
         """Raise CheckpointError for a size that is missing or absurd, UnsupportedArch for a variant not described here."""
-        for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps"):
-            value = config.get(key)
-            if not isinstance(value, int | float) or value <= 0:
-                raise CheckpointError(
-                    f"config.json: {key} is {value!r}, expected a number above 0. "
-                    "Take config.json from the model's own repository."
-                )
+        for key in (*_SIZES, *(k for k in _MORE_SIZES if config.get(k) is not None)):
+            most = _MOST.get(key, 2**31 - 1)
+            if type(config.get(key)) is not int or not 1 <= config[key] <= most:
+                raise _wrong(key, config.get(key), f"a whole number from 1 to {most}")
+        if not _positive(config.get("rms_norm_eps")):
+            raise _wrong("rms_norm_eps", config.get("rms_norm_eps"), "a number above 0")
         for key, value in self.requires:
             if config.get(key, value) != value:
                 raise UnsupportedArch(f"{self.classes[0]} with {key} = {config[key]!r}; cnq describes {value!r} only.")
@@ -96,6 +99,16 @@ class Arch:
                 if tied and to.name == "output.weight":
                     continue
                 yield hf_name.format(layer), to.name.format(layer), to, tuple(sizes[letter] for letter in to.shape)
+
+
+def _positive(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < float("inf")
+
+
+def _wrong(key: str, value: Any, expected: str) -> CheckpointError:
+    return CheckpointError(
+        f"config.json: {key} is {value!r}, expected {expected}. Take config.json from the model's own repository."
+    )
 
 
 def head_dim(config: Config) -> int:
@@ -127,12 +140,18 @@ def rope(config: Config) -> Config:
     """The rotary settings under one set of names.
 
     Since transformers 5 they are `rope_parameters`; before, `rope_theta` and `rope_scaling` (whose type key was `type`
-    at first).
+    at first). Raises CheckpointError for a setting that is no number.
     """
-    found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(given, dict):
+        raise _wrong("rope_scaling", given, "an object")
+    found = dict(given)
     found.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+        if found.get(key) is not None and not _positive(found[key]):
+            raise _wrong(key, found[key], "a number above 0")
     return found
 
 
@@ -177,6 +196,8 @@ def _rope_scaling(settings: Config) -> Iterator[tuple[str, str, Any]]:
             f"rope scaling {kind!r}: llama.cpp knows default, linear, yarn and llama3. A model trained with dynamic NTK runs "
             "within its trained context when rope_scaling is removed from config.json."
         )
+    if settings.get("factor") is None:
+        raise _wrong("factor", None, f"a number above 0 in rope_scaling of type {kind}")
     yield "rope.scaling.type", "string", kind
     yield "rope.scaling.factor", F32, settings["factor"]
     if kind == "yarn":

@@ -1,0 +1,130 @@
+"""The whole road: skips what is up to date, goes on after a kill, and ends in the same bytes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from click.testing import CliRunner
+
+from cnq.build import build
+from cnq.cli import cli
+from cnq.errors import PromptError
+from cnq.terminal import Progress
+
+
+class Silent(Progress):
+    def __init__(self):
+        super().__init__(quiet=True)
+        self.kept: list[str] = []
+
+    def skipped(self, path):
+        self.kept.append(path.name)
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    return tiny.checkpoint(tmp_path / "my-model", vocab="spm-added", hidden_size=256, intermediate_size=512)
+
+
+def run(model, out, types=("Q4_K_M",), **options):
+    report = Silent()
+    return build(str(model), types, out=out, report=report, **options), report.kept
+
+
+def test_the_road_makes_every_file(model, tmp_path):
+    built, kept = run(model, tmp_path / "out", ("Q8_0", "Q4_K"))
+    names = ["my-model-F16.gguf", "my-model-Q8_0.gguf", "my-model-Q4_K_M.gguf"]
+    assert [m.path.name for m in built.files] == names
+    assert not kept
+    assert built.result.name == names[-1]
+    assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./my-model-Q4_K_M.gguf\n")
+    assert all(m.seconds is not None and m.nbytes == m.path.stat().st_size for m in built.files)
+
+
+def test_a_second_run_makes_nothing_again(model, tmp_path):
+    out = tmp_path / "out"
+    run(model, out)
+    before = {p.name: p.stat().st_mtime_ns for p in out.glob("*.gguf")}
+    built, kept = run(model, out)
+    assert kept == ["my-model-F16.gguf", "my-model-Q4_K_M.gguf"]
+    assert all(m.seconds is None for m in built.files)
+    assert {p.name: p.stat().st_mtime_ns for p in out.glob("*.gguf")} == before
+
+
+def test_what_changed_is_made_again_and_only_that(model, tmp_path):
+    out = tmp_path / "out"
+    run(model, out)
+    _, kept = run(model, out, ("Q5_K_M",))
+    assert kept == ["my-model-F16.gguf"]
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 20000.0}))
+    _, kept = run(model, out)
+    assert not kept
+    (out / "my-model-Q4_K_M.gguf").write_bytes(b"damaged")
+    _, kept = run(model, out)
+    assert kept == ["my-model-F16.gguf"]
+
+
+def test_a_touched_but_equal_input_is_recognised_by_its_digest(model, tmp_path):
+    run(model, tmp_path / "out")
+    os.utime(model / "model.safetensors")
+    _, kept = run(model, tmp_path / "out")
+    assert len(kept) == 2
+
+
+def test_a_damaged_record_counts_as_none(model, tmp_path):
+    out = tmp_path / "out"
+    run(model, out)
+    for record in out.glob("*.made.json"):
+        record.write_text("{")
+    _, kept = run(model, out)
+    assert not kept
+
+
+def test_a_gguf_takes_the_same_road(model, tmp_path):
+    source = run(model, tmp_path / "one", ("Q8_0",))[0].result
+    built, _ = run(source, tmp_path / "two")
+    assert built.files[0].path.name == "my-model-Q8_0-F16.gguf"
+    assert (tmp_path / "two" / "hf" / "config.json").is_file()
+
+
+def test_a_model_without_a_template_needs_a_format(tmp_path):
+    model = tiny.checkpoint(tmp_path / "bare", vocab="spm")
+    with pytest.raises(PromptError, match="--format"):
+        run(model, tmp_path / "out")
+    built, _ = run(model, tmp_path / "out", format="alpaca")
+    assert built.format == "alpaca"
+    assert "### Instruction:" in built.modelfile.read_text()
+
+
+@pytest.mark.parametrize("moment", ["my-model-F16.gguf.partial", "my-model-Q4_K_M.gguf.partial", "my-model-F16.gguf"])
+def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(moment, tmp_path):
+    model = tiny.checkpoint(
+        tmp_path / "my-model", vocab="spm-added", hidden_size=1024, intermediate_size=2816, num_attention_heads=16
+    )  # fmt: skip
+    want = {m.path.name: m.path.read_bytes() for m in run(model, tmp_path / "undisturbed")[0].files}
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cnq", "build", str(model), "--out", str(out)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    while child.poll() is None and not (out / moment).exists():
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    built, _ = run(model, out)
+    assert {m.path.name: m.path.read_bytes() for m in built.files} == want
+    assert not list(out.glob("*.partial*"))
+
+
+def test_the_command_prints_a_table_and_an_answer(model, tmp_path):
+    arguments = ["build", str(model), "--out", str(tmp_path / "out"), "--prompt", "你好"]
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    assert "bits/weight" in result.output
+    assert ">>> 你好" in result.output
+    as_json = json.loads(CliRunner().invoke(cli, [*arguments[:-2], "--json"]).stdout)
+    assert [f["type"] for f in as_json["files"]] == ["F16", "Q4_K_M"]
