@@ -5,32 +5,20 @@ pre-tokenizer, which it looks up by a hash that only published vocabularies have
 """
 
 import json
-import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parents[1] / "tools")]
 
 import cases  # noqa: E402
+import reference  # noqa: E402
 
 
 def main() -> None:
-    cache = HERE.parents[1] / "build" / "golden"
-    source = cache / "vendor" / "llama.cpp"
-    if not source.is_dir():
-        pin = f"llama-cpp-python=={version('llama-cpp-python')}"
-        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:",
-                    "--no-build-isolation", "-d", str(cache), pin]  # fmt: skip
-        subprocess.run(download, check=True)
-        with tarfile.open(next(cache.glob("*.tar.gz"))) as tar:
-            members = [m for m in tar.getmembers() if "/vendor/llama.cpp/" in m.name]
-            for m in members:
-                m.name = m.name.split("/", 1)[1]
-            tar.extractall(cache, members, filter="data")
+    source = reference.source()
     sys.path[:0] = [str(source / "gguf-py"), str(source)]
     for name in [m for m in sys.modules if m.split(".")[0] == "gguf"]:
         del sys.modules[name]  # the converter wants its own, newer copy
