@@ -1,4 +1,4 @@
-"""The whole road: model → checkpoint → F16 GGUF → quantized GGUFs → Modelfile, going on where the last run stopped.
+"""The whole road: model → checkpoint → F16 GGUF → importance matrix → quantized GGUFs → Modelfile, resumed where it stopped.
 
 Beside each output stands <output>.made.json: what it was made from. A step whose record still holds is skipped.
 """
@@ -8,22 +8,28 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import psutil
 
-from . import catalog
+from . import catalog, corpus
 from .convert import convert
+from .corpus import Chunks, peoples_daily
+from .engine.model import Model
 from .errors import NoSpace
 from .files import decimal, replacing, require_space, sha256
 from .gguf_file import GgufFile
+from .imatrix import collect
 from .ollama import write_modelfile
 from .quantize import ALIASES, quantize
 from .to_hf import to_hf
 
 RECORD = ".made.json"
+_ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes nothing in these
+N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
 
 
 class Report(Protocol):
@@ -71,13 +77,15 @@ def build(
     out: Path | None = None,
     format: str | None = None,
     dtype: str = "f16",
+    chunks: int = 100,
     threads: int = 0,
     report: Report,
 ) -> Built:
     """Take MODEL the whole road and leave everything in `out` (default: models/<name>).
 
     model: a catalog name, a path or a hub id. types: names of llama.cpp's quantizations. format: of the prompt, for a model
-    whose checkpoint has no chat template; default: the catalog's. dtype: of the float GGUF.
+    whose checkpoint has no chat template; default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese
+    text for the importance matrix; 0 = round without one.
     Raises what the steps raise, and NoSpace before the first of them.
     """
     entry = catalog.find(model)
@@ -91,8 +99,9 @@ def build(
     template = format or entry.prompt
     made = [_converted(source, float_gguf, dtype, entry.title, template, report)]
     _require_memory(float_gguf)
+    imatrix = _calibrated(float_gguf, folder / f"{entry.title}.imatrix.gguf", chunks, threads, report) if chunks else None
     for type in types:
-        made.append(_quantized(float_gguf, folder, entry.title, type, threads, report))
+        made.append(_quantized(float_gguf, imatrix, folder, entry.title, type, threads, report))
     modelfile = write_modelfile(made[-1].path, folder / "Modelfile", format=format, force=True)
     for note in modelfile.notes:
         report.say(note)
@@ -137,15 +146,36 @@ def _converted(source: Path, dst: Path, dtype: str, name: str, format: str | Non
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, notes)
 
 
-def _quantized(src: Path, folder: Path, title: str, type: str, threads: int, report: Report) -> Made:
+def _calibrated(src: Path, dst: Path, chunks: int, threads: int, report: Report) -> Path:
+    """The importance matrix, from the calibration half of the default corpus."""
+
+    def text(model: Model) -> Chunks:
+        source = peoples_daily("calibration")
+        tokenize = partial(model.tokenize, add_special=True, parse_special=False)
+        return corpus.chunks([source], tokenize, N_CTX, chunks, "calibration")
+
+    def work() -> tuple[str, ...]:
+        with report.bar("calibrating", "chunks") as progress:
+            return collect(src, text, dst, n_ctx=N_CTX, threads=threads, force=True, progress=progress).notes
+
+    _step(dst, [src], {"chunks": chunks, "n_ctx": N_CTX}, work, report)
+    return dst
+
+
+def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, report: Report) -> Made:
     type = ALIASES.get(type.upper(), type.upper())
-    dst = folder / f"{title}-{type}.gguf"
+    imatrix = None if type in _ROUNDED_ALIKE else imatrix
+    dst = folder / f"{title}-{type}{'-im' if imatrix else ''}.gguf"
 
     def work() -> tuple[str, ...]:
         with report.bar(f"quantizing to {type}", "tensors") as progress:
-            return quantize(src, dst, type, threads=threads, force=True, progress=lambda _, i, n: progress(i, n)).notes
+            done = quantize(
+                src, dst, type, imatrix=imatrix, threads=threads, force=True, progress=lambda _, i, n: progress(i, n)
+            )
+            return done.notes
 
-    seconds, notes = _step(dst, [src], {"type": type}, work, report)
+    inputs = [src, imatrix] if imatrix else [src]
+    seconds, notes = _step(dst, inputs, {"type": type}, work, report)
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, notes)
 
 

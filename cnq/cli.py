@@ -1,6 +1,7 @@
 """The command line: flags in, one call, one result out."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ FILE = click.Path(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
+CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
 FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
 
 
@@ -23,7 +25,7 @@ class Cli(click.Group):
         try:
             return super().invoke(ctx)
         except CnqError as error:  # the user can act on it: the message, exit 1. Anything else is our bug.
-            raise click.ClickException(str(error)) from error
+            raise click.ClickException(terminal.one_line(str(error))) from error
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-made was left behind", err=True)
             sys.exit(130)
@@ -53,11 +55,12 @@ def cli() -> None:
 @click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
 @FORMAT
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
+@click.option("--chunks", type=click.IntRange(0), default=100, show_default=True, help="Of the importance matrix; 0 = without.")
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS
 @JSON
 def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None:
-    """Take MODEL the whole road: download, convert, quantize, write a Modelfile.
+    """Take MODEL the whole road: download, convert, calibrate, quantize, write a Modelfile.
 
     MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
 
@@ -166,6 +169,101 @@ def quantize(
     ))  # fmt: skip
 
 
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.argument("texts", nargs=-1, metavar="[TEXT[=WEIGHT]]...")
+@click.option("-o", "--output", type=FILE, help="[default: GGUF's name with .imatrix.gguf]")
+@click.option("--chunks", type=click.IntRange(2), default=100, show_default=True, help="How many, of --ctx tokens each.")
+@CTX
+@click.option("--merge", multiple=True, type=FILE, help="Add another importance matrix; repeatable.")
+@click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
+@click.option("--legacy", is_flag=True, help="Write the old .dat form.")
+@click.option(
+    "--save-every", type=click.IntRange(1), default=10, show_default=True, help="Chunks between states to resume from."
+)
+@FORMAT
+@THREADS
+@FORCE
+@JSON
+def imatrix(
+    gguf: Path,
+    texts: Sequence[str],
+    output: Path | None,
+    chunks: int,
+    format: str | None,
+    n_ctx: int,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Collect the importance matrix of the float GGUF on TEXT; default: Chinese newspaper text of 1998.
+
+    TEXT is .txt, .jsonl, Alpaca .json or .parquet; with several, a weight gives each its share of the chunks. An interrupted
+    run goes on where its last state was saved.
+
+    \b
+    cnq imatrix a2-f16.gguf
+    cnq imatrix a2-f16.gguf zh.txt=65 en.txt=25 code.txt=10 -o a2.imatrix.gguf
+    """
+    from .imatrix import collect
+
+    text = _text(gguf, texts, "calibration", chunks, n_ctx, format)
+    dst = output or gguf.with_name(f"{gguf.stem}.imatrix.{'dat' if options['legacy'] else 'gguf'}")
+    with terminal.Progress(quiet=as_json).bar("calibrating", "chunks") as progress:
+        result = collect(gguf, text, dst, n_ctx=n_ctx, progress=progress, **options)
+    terminal.emit(result, as_json, terminal.show_collected)
+
+
+@cli.command()
+@click.argument("ggufs", nargs=-1, required=True, type=FILE, metavar="GGUF...")
+@click.option("--against", type=FILE, help="The float GGUF they were made from: adds KL divergence, top-1 agreement, Δp.")
+@click.option("--text", "texts", multiple=True, help="File to measure on; repeatable.  [default: held-out newspaper text]")
+@click.option("--chunks", type=click.IntRange(2), default=40, show_default=True, help="How many, of --ctx tokens each.")
+@CTX
+@click.option("--logits", type=FILE, help="llama-perplexity's file of base logits: read if it exists, else written.")
+@click.option("--choices", type=FILE, help="Folder of examinations (C-Eval, CMMLU): score these instead of a text.")
+@click.option("--shots", type=click.IntRange(0, 5), default=0, show_default=True, help="Worked examples before each question.")
+@FORMAT
+@THREADS
+@JSON
+def evaluate(
+    ggufs: Sequence[Path],
+    against: Path | None,
+    texts: Sequence[str],
+    chunks: int,
+    format: str | None,
+    n_ctx: int,
+    logits: Path | None,
+    choices: Path | None,
+    shots: int,
+    threads: int,
+    as_json: bool,
+) -> None:
+    """Measure perplexity and bits per byte of GGUFs, and what they lost against the float model.
+
+    With --choices: the share of right answers, by the likeliest of A to D.
+
+    \b
+    cnq evaluate a2-q4.gguf --choices ceval-exam --shots 5
+    cnq evaluate a2-q4.gguf --against a2-f16.gguf
+    cnq evaluate a2-q4.gguf a2-q5.gguf --against a2-f16.gguf --text novel.txt --chunks 100
+    """
+    from .choices import score_choices
+    from .evaluate import evaluate
+
+    if choices:
+        scored = []
+        for gguf in ggufs:
+            with terminal.Progress(quiet=as_json).bar(f"examining {gguf.name}", "questions") as progress:
+                scored.append(score_choices(gguf, choices, shots=shots, threads=threads, progress=progress))
+        terminal.emit(scored, as_json, terminal.show_choices)
+        return
+    stored = logits is not None and logits.exists()
+    text = None if stored else _text(against or ggufs[0], texts, "held-out", chunks, n_ctx, format)
+    with terminal.Progress(quiet=as_json).bar("measuring", "chunks") as progress:
+        result = evaluate(ggufs, text, base=against, logits=logits, n_ctx=n_ctx, threads=threads, progress=progress)
+    terminal.emit(result, as_json, terminal.show_evaluation)
+
+
 @cli.command("to-hf")
 @click.argument("src", type=FILE)
 @click.argument("dst", type=FILE)
@@ -261,6 +359,32 @@ def _question() -> Callable[[], str]:
 
     session: Any = PromptSession(">>> ")
     return session.prompt
+
+
+def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:
+    """What makes chunks of the texts named, or of the default corpus, with a model's own tokenizer and prompt format."""
+    from . import corpus, prompts
+    from .gguf_file import GgufFile
+
+    fields = GgufFile(gguf).fields
+    jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
+    tokens, eos = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.eos_token_id")
+    end = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else ""
+    render = (lambda messages: prompts.render(jinja, messages, eos=end, add_generation_prompt=False)) if jinja else None
+    named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
+    sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
+    dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
+
+    def chunks(model: Any) -> Any:
+        return corpus.chunks(
+            sources or [corpus.peoples_daily("calibration" if split == "calibration" else "held-out")],
+            lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
+            n_ctx,
+            n_chunks,
+            split if not sources else None,
+        )
+
+    return chunks
 
 
 def _wish(text: str) -> tuple[str, str]:

@@ -65,7 +65,7 @@ def convert(
         if vocab.chat_template is None and format:
             vocab.chat_template = prompts.named(format).jinja
         tensors = _plan(checkpoint, target)
-        writer = _metadata(checkpoint, vocab, target, tensors, name)
+        writer, more_notes = _metadata(checkpoint, vocab, target, tensors, name)
         total = sum(t.nbytes for t in tensors)
         done = 0
 
@@ -84,7 +84,7 @@ def convert(
         n_params=sum(prod(t.shape) for t in tensors),
         n_vocab=len(vocab.tokens),
         nbytes=dst.stat().st_size,
-        notes=(*checkpoint.notes, *vocab.notes),
+        notes=(*checkpoint.notes, *vocab.notes, *more_notes),
         seconds=time.perf_counter() - started,
     )
 
@@ -114,25 +114,37 @@ def _chunks(checkpoint: Checkpoint, name: str, to: To, type: TensorType) -> Iter
 
 def _metadata(
     checkpoint: Checkpoint, vocab: vocabs.Vocab, target: TensorType, tensors: list[Planned], name: str | None
-) -> gguf.GGUFWriter:
-    """All keys, in the reference converter's order."""
+) -> tuple[gguf.GGUFWriter, list[str]]:
+    """All keys, in the reference converter's order; and notes."""
     config, arch = checkpoint.config, checkpoint.arch
     writer = gguf.GGUFWriter(path=None, arch=arch.gguf)
     writer.add_type(gguf.GGUFType.MODEL)
-    _general(checkpoint, tensors, name).set_gguf_meta_model(writer)
+    general, notes = _general(checkpoint, tensors, name)
+    general.set_gguf_meta_model(writer)
     for key, kind, value in hparams(config, arch):
         getattr(writer, f"add_{kind}")(f"{arch.gguf}.{key}", value)
     writer.add_file_type(_FTYPES[target])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocab.add_to(writer)
-    return writer
+    return writer, notes
 
 
-def _general(checkpoint: Checkpoint, tensors: list[Planned], name: str | None) -> gguf.Metadata:
-    """Authorship, licence and size, from the model card, config.json and the directory's name."""
+def _general(checkpoint: Checkpoint, tensors: list[Planned], name: str | None) -> tuple[gguf.Metadata, list[str]]:
+    """Authorship, licence and size, from the model card, config.json and the directory's name; and notes."""
     n_params = sum(prod(t.shape) for t in tensors)
-    folder = checkpoint.path if checkpoint.path.is_dir() else None
-    metadata = gguf.Metadata.load(None, folder, name, n_params)
-    metadata.name = metadata.name or checkpoint.path.stem
-    metadata.size_label = metadata.size_label or gguf.size_label(n_params, 0, 0, 0)
-    return metadata
+    path = checkpoint.path.resolve() if checkpoint.path.name in ("", "..") else checkpoint.path  # "." has no name
+
+    def load(folder: Path | None) -> gguf.Metadata:
+        metadata = gguf.Metadata.load(None, folder, name, n_params)
+        metadata.name = metadata.name or path.stem
+        metadata.size_label = metadata.size_label or gguf.size_label(n_params, 0, 0, 0)
+        return metadata
+
+    try:
+        metadata = load(path if path.is_dir() else None)
+        metadata.set_gguf_meta_model(trial := gguf.GGUFWriter(path=None, arch=""))
+        for value in trial.kv_data[0].values():
+            trial._pack_val(value.value, value.type, add_vtype=True, sub_type=value.sub_type)
+    except Exception as error:  # these files are free text, and the package believes every word
+        return load(None), [f"README.md or another description of the model is malformed, and left out: {error!r}"]
+    return metadata, []

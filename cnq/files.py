@@ -1,10 +1,11 @@
 """Writing a large file or directory completely or not at all, and knowing a file again."""
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -13,43 +14,73 @@ from rich.filesize import decimal
 from .errors import CnqError, NoSpace, OutputExists
 
 PARTIAL = ".partial"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @contextmanager
-def replacing(dst: Path, *, force: bool = False, need: int = 0) -> Iterator[Path]:
-    """Yield a path beside `dst` to write a file or a directory to; it takes dst's place when the block ends well.
+def replacing(dst: Path, *, force: bool = False, need: int = 0, folder: bool = False) -> Iterator[Path]:
+    """Yield a path beside `dst` to write a file (or a `folder`) to; it takes dst's place when the block ends well.
 
     On any exception, Ctrl-C included, nothing is left behind. After a kill -9 the partial output stays and is replaced
     by the next run. `need` is the size in bytes that the disk must have room for.
 
-    Raises OutputExists (dst is there and not `force`), NoSpace, CnqError (not writable, or another cnq writes it).
+    Raises OutputExists (dst is there and not `force`), NoSpace (before or while writing), CnqError (not writable, a
+    directory where a file should go, or another cnq writes it).
     """
-    if dst.exists() and not force:
-        raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
-    partial = dst.with_name(dst.name + PARTIAL)
-    lock_path = partial.with_name(partial.name + ".lock")
     try:
-        dst.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(lock_path, timeout=0)
+        if dst.name in ("", "..") or (dst.is_dir() and not folder):
+            raise CnqError(f"{dst} is a folder. Name the {'folder' if folder else 'file'} to write in it.")
+        if dst.exists() and not force:
+            raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
+        partial = dst.with_name(dst.name + PARTIAL)
+        with _made(dst.parent), _locked(partial, dst):
+            try:
+                _remove(partial)
+                require_space(dst.parent, need)
+                yield partial
+                _settle(partial)
+                if dst.is_dir() and not dst.is_symlink():
+                    shutil.rmtree(dst)  # rename cannot replace a directory that has files in it
+                partial.replace(dst)
+            finally:
+                _remove(partial)
+    except OSError as error:
+        reason = f"{dst} cannot be written: {error.strerror or error}"
+        if error.errno in _FULL:
+            raise NoSpace(f"{reason}. Make room, or name an output on another disk (--out).") from error
+        raise CnqError(f"{reason}. Name an output in a folder you may write to.") from error
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make a directory and those above it; after an exception they go away again."""
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except BaseException:
+        for p in new:
+            with suppress(OSError):  # not there, or with somebody else's files in it
+                p.rmdir()
+        raise
+
+
+@contextmanager
+def _locked(partial: Path, dst: Path) -> Iterator[None]:
+    path = partial.with_name(partial.name + ".lock")
+    lock = FileLock(path, timeout=0)
+    try:
         lock.acquire()
+        yield
     except Timeout:
+        if not path.exists():  # filelock takes a folder without room for files (/proc) for a busy one
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
         raise CnqError(f"{dst} is being written by another cnq. Wait for it, or name another output.") from None
-    except OSError as error:
-        raise CnqError(f"{dst} cannot be written: {error.strerror}. Name an output in a folder you may write to.") from error
-    try:
-        _remove(partial)
-        require_space(dst.parent, need)
-        yield partial
-        _settle(partial)
-        if dst.is_dir() and not dst.is_symlink():
-            shutil.rmtree(dst)  # rename cannot replace a directory that has files in it
-        partial.replace(dst)
-    except OSError as error:
-        raise CnqError(f"{dst} was not written: {error.strerror or error}.") from error
     finally:
-        _remove(partial)
-        lock.release()
-        lock_path.unlink(missing_ok=True)
+        if lock.is_locked:
+            with suppress(OSError):  # Windows cannot remove an open file; there filelock does it
+                path.unlink()  # while it is held: a moment later it may be another's
+            lock.release()
 
 
 def require_space(folder: Path, need: int) -> None:

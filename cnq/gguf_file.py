@@ -74,6 +74,10 @@ def decode(data: np.ndarray, type: TensorType, name: str) -> np.ndarray:
         raise GgufError(f"{name}: type {type.name} cannot be decoded. Start from the float checkpoint instead.") from None
 
 
+# The smallest number that `type` rounds to infinity: in Q8_0 by its scale, 1/127 of the largest value, which is a half.
+_OVERFLOW = {F16: 65520.0, BF16: float.fromhex("0x1.ffp127"), F32: float("inf"), Q8_0: 127 * 65520.0}
+
+
 def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
     """The tensor in another float type or Q8_0, a few rows at a time.
 
@@ -91,7 +95,7 @@ def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
             floats = decode(chunk, tensor.type, tensor.name)
             with np.errstate(over="ignore", invalid="ignore"):
                 values = gguf.quants.quantize(floats, gguf.GGMLQuantizationType(type.id))
-            finite = bool(np.isfinite(values if type == F16 else floats).all())
+            finite = bool(np.abs(floats).max() < _OVERFLOW[type])
         if not finite:
             raise GgufError(_not_finite(tensor, chunk, start, type))
         yield np.ascontiguousarray(values)
@@ -106,7 +110,11 @@ def _not_finite(tensor: Tensor, chunk: np.ndarray, start: int, type: TensorType)
             f"{tensor.name}: {floats[row, column]} at row {start + row}, column {column}. The checkpoint is damaged, "
             "or its training diverged: download it again, or use an earlier one."
         )
-    return f"{tensor.name}: {np.abs(floats).max():.4g} is too large for {type.name} (at most 65504). Convert with --dtype bf16."
+    wider = "f32" if type == BF16 else "bf16"
+    return (
+        f"{tensor.name}: {np.abs(floats).max():.6g} is too large for {type.name}, which ends at {_OVERFLOW[type]:.6g}. "
+        f"Convert with --dtype {wider}."
+    )
 
 
 # Reading
@@ -137,7 +145,7 @@ class GgufFile:
     """A GGUF file's metadata, with its tensors memory-mapped.
 
     fields: key -> bool, int, float, str or list of them.
-    kinds: key -> GGUF's number for the value's type.
+    kinds: key -> GGUF's number for the value's type. sizes: key -> bytes that key and value take in the file.
     tensors: name -> TensorInfo, in file order.
     """
 
@@ -146,6 +154,7 @@ class GgufFile:
         self.path = path
         self.fields: dict[str, Any] = {}
         self.kinds: dict[str, int] = {}
+        self.sizes: dict[str, int] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
             with path.open("rb") as f:
@@ -166,12 +175,13 @@ class GgufFile:
             raise GgufError(f"{self.path}: GGUF version {version}, expected 2 or 3. Convert the model again.")
         at = 24
         for _ in range(n_fields):
+            start = at
             key, at = self._string(at)
             (kind,) = struct.unpack_from("<I", self._map, at)
             if key in self.fields:
                 raise GgufError(f"{self.path}: metadata key {key} appears twice. Make the file again.")
             self.fields[key], at = self._value(kind, at + 4)
-            self.kinds[key] = kind
+            self.kinds[key], self.sizes[key] = kind, at - start
         for _ in range(n_tensors):
             at = self._tensor_info(at)
         self.meta_bytes = at
@@ -220,6 +230,8 @@ class GgufFile:
         if not 1 <= n_dims <= 4:
             raise GgufError(f"{self.path}: {name} has {n_dims} dimensions, expected 1 to 4.")
         dims = struct.unpack_from(f"<{n_dims}Q", self._map, at + 4)
+        if not all(dims):
+            raise GgufError(f"{self.path}: {name} is {tuple(reversed(dims))}, which holds nothing. Make the file again.")
         type_id, offset = struct.unpack_from("<IQ", self._map, at + 4 + 8 * n_dims)
         if type_id not in TYPES:
             raise GgufError(f"{self.path}: {name} has unknown type {type_id}. The file is damaged, or newer than cnq.")
@@ -257,7 +269,7 @@ class GgufFile:
     @property
     def bits_per_weight(self) -> float:
         """Bits of all tensor data over the parameters, vocabulary included: llama-quantize's BPW."""
-        return sum(t.nbytes for t in self.tensors.values()) * 8 / self.n_params
+        return sum(t.nbytes for t in self.tensors.values()) * 8 / max(1, self.n_params)
 
 
 def _checked(n: int, data: mmap.mmap, at: int) -> int:

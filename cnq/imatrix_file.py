@@ -3,14 +3,17 @@
 Formats: llama.cpp tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp (vendored by llama-cpp-python 0.3.36).
 """
 
+import mmap
 import struct
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import gguf
 import numpy as np
 
 from .errors import GgufError, listed
-from .gguf_file import F32, MAGIC, GgufFile
+from .gguf_file import F32, MAGIC, GgufFile, Planned, write
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 
@@ -43,7 +46,9 @@ def read_imatrix(path: Path) -> Importance:
         with path.open("rb") as f:
             start = f.read(4)
     except OSError as error:
-        raise GgufError(f"{path} cannot be read: {error.strerror}.") from None
+        raise GgufError(f"{path} cannot be read: {error.strerror}. Give an importance matrix, GGUF or .dat.") from None
+    if not start:
+        raise GgufError(f"{path} is empty. Compute the importance matrix again.")
     importance = _read_gguf(path) if start == MAGIC else _read_dat(path)
     bad = [name for name, sums in importance.sums.items() if not (np.isfinite(sums).all() and (sums >= 0).all())]
     bad += [name for name, counts in importance.counts.items() if not (np.isfinite(counts).all() and (counts >= 0).all())]
@@ -55,8 +60,8 @@ def read_imatrix(path: Path) -> Importance:
 def _read_gguf(path: Path) -> Importance:
     file = GgufFile(path)
     names = [t.removesuffix(SUMS) for t in file.tensors if t.endswith(SUMS)]
-    for key in ("imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"):
-        if key not in file.fields:
+    for key, type in (("imatrix.datasets", list), ("imatrix.chunk_count", int), ("imatrix.chunk_size", int)):
+        if not isinstance(file.fields.get(key), type):
             raise GgufError(
                 f"{path} has no {key}: it is no importance matrix. Expected the output of cnq imatrix or llama-imatrix."
             )
@@ -68,16 +73,17 @@ def _read_gguf(path: Path) -> Importance:
     for name in names:
         total, seen = file.tensor(name + SUMS), file.tensor(name + COUNTS)
         if total.type != F32 or seen.type != F32 or total.data.size % seen.data.size:
-            raise GgufError(f"{path}: sums and counts of {name} do not fit together.")
+            raise GgufError(f"{path}: sums and counts of {name} do not fit together. Compute the importance matrix again.")
         sums[name] = total.data.reshape(seen.data.size, -1)
         counts[name] = np.rint(seen.data.ravel())
-    datasets = file.fields["imatrix.datasets"]
-    return Importance(sums, counts, tuple(datasets), file.fields["imatrix.chunk_count"], file.fields["imatrix.chunk_size"])
+    datasets, n_chunks, chunk_size = (file.fields[f"imatrix.{key}"] for key in ("datasets", "chunk_count", "chunk_size"))
+    return Importance(sums, counts, tuple(map(str, datasets)), n_chunks, chunk_size)
 
 
 def _read_dat(path: Path) -> Importance:
     """i32 entries; per entry i32 length, name, i32 passes, i32 values, f32[values]; then i32 chunks, i32 length, dataset."""
-    data = path.read_bytes()
+    with path.open("rb") as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)  # somebody may have named the model instead
     at = 0
 
     def number() -> int:
@@ -110,5 +116,62 @@ def _read_dat(path: Path) -> Importance:
             n_chunks = number()
             datasets = (piece(number()).decode(),)
     except (struct.error, IndexError, UnicodeDecodeError) as error:
-        raise GgufError(f"{path} is neither a GGUF nor a legacy importance matrix, or is cut short ({error}).") from None
+        raise GgufError(
+            f"{path} is neither a GGUF nor a legacy importance matrix, or is cut short ({error}). Compute it again."
+        ) from None
     return Importance(sums, counts, datasets, n_chunks, 0)
+
+
+# Writing
+
+
+def merged(one: Importance, other: Importance) -> Importance:
+    """The sums of two runs added. Raises GgufError when they are of different models or of the legacy form."""
+    if not other.chunk_size or not one.chunk_size:
+        raise GgufError("a legacy .dat does not say how many tokens it saw and cannot be merged. Give the GGUF form.")
+    for name in one.sums.keys() & other.sums.keys():
+        if one.sums[name].shape != other.sums[name].shape:
+            raise GgufError(
+                f"{name}: {one.sums[name].shape} values in one, {other.sums[name].shape} in the other: other models."
+            )
+    names = sorted(one.sums.keys() | other.sums.keys())
+
+    def added(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {n: a[n] + b[n] if n in a and n in b else a.get(n, b.get(n)) for n in names}  # type: ignore[misc]
+
+    datasets = (*one.datasets, *(d for d in other.datasets if d not in one.datasets))
+    return Importance(
+        added(one.sums, other.sums), added(one.counts, other.counts), datasets, one.n_chunks + other.n_chunks, one.chunk_size
+    )
+
+
+def write_gguf(path: Path, importance: Importance) -> None:
+    """The form that llama-quantize, llama-imatrix and Ollama's tools read: sums and counts as they are, sorted by name."""
+    writer = gguf.GGUFWriter(path=None, arch="")  # an importance matrix has no architecture
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", list(importance.datasets))
+    writer.add_uint32("imatrix.chunk_count", importance.n_chunks)
+    writer.add_uint32("imatrix.chunk_size", importance.chunk_size)
+    tensors = []
+    for name, sums in importance.sums.items():
+        counts = importance.counts[name][:, None]
+        for suffix, data in ((SUMS, sums), (COUNTS, counts)):
+            tensors.append(Planned(name + suffix, F32, data.shape, partial(_once, np.ascontiguousarray(data, np.float32))))
+    write(path, writer, tensors, lambda n: None)
+
+
+def _once(data: np.ndarray) -> list[np.ndarray]:
+    return [data]
+
+
+def write_dat(path: Path, importance: Importance) -> None:
+    """The legacy form: mean times passes, where a pass is a chunk; an expert that saw nothing counts as 1."""
+    means = importance.means()
+    with path.open("wb") as out:
+        out.write(struct.pack("<i", len(means)))
+        for name, mean in means.items():
+            passes = int(np.ceil(importance.counts[name].max() / max(1, importance.chunk_size)))
+            out.write(struct.pack("<i", len(name.encode())) + name.encode() + struct.pack("<ii", passes, mean.size))
+            out.write((mean * np.float32(passes)).astype(np.float32).tobytes())
+        dataset = (importance.datasets or ("",))[0].encode()
+        out.write(struct.pack("<ii", importance.n_chunks, len(dataset)) + dataset)

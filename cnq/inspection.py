@@ -40,6 +40,7 @@ def inspect(path: Path) -> Inspected:
     for t in file.tensors.values():
         size[t.type.name] += t.nbytes
     model, pre = fields.get("tokenizer.ggml.model", "none"), fields.get("tokenizer.ggml.pre")
+    tokens = fields.get("tokenizer.ggml.tokens")
     return Inspected(
         path=path,
         arch=file.arch,
@@ -49,7 +50,7 @@ def inspect(path: Path) -> Inspected:
         nbytes=path.stat().st_size,
         n_ctx=fields.get(f"{file.arch}.context_length"),
         n_layers=fields.get(f"{file.arch}.block_count"),
-        n_vocab=len(fields.get("tokenizer.ggml.tokens", ())),
+        n_vocab=len(tokens) if isinstance(tokens, list) else 0,
         tokenizer=f"{model} ({pre})" if pre else model,
         format=known[0].name if known else None,
         has_template=template is not None,

@@ -14,6 +14,7 @@ from .files import replacing
 from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, TensorInfo, padded
 from .imatrix_file import Importance, read_imatrix
 
+_NEVER_STORED = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # not in ggml.c, ggml_quantize_chunk
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # llama-quantize's
 # llama.cpp src/llama-quant.cpp, tensor_requires_imatrix: not asked of these two tensors, which get no imatrix as a rule …
 _NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
@@ -138,9 +139,10 @@ def _prepare(
     importance = read_imatrix(imatrix) if imatrix else None
     if importance:
         _require_same_model(src, imatrix, file, importance)
+    storable = [name for name in TYPE_BY_NAME if name not in _NEVER_STORED]
     for name in (output_type, embedding_type, *(t for _, t in tensor_types)):
-        if name is not None and name not in TYPE_BY_NAME:
-            raise QuantizeError(f"unknown tensor type {name}; known are {', '.join(TYPE_BY_NAME)}.")
+        if name is not None and name not in storable:
+            raise QuantizeError(f"unknown tensor type {name}; llama.cpp stores {', '.join(storable)}.")
     request = Request(
         src=str(src), dst="", ftype=offered[type], imatrix=str(imatrix) if imatrix else None, output_type=output_type,
         embedding_type=embedding_type, pure=pure, requantize=allow_requantize, dry_run=True,
@@ -169,11 +171,12 @@ def _require_same_model(src: Path, imatrix: Path | None, file: GgufFile, importa
     """Every entry must be of a tensor of this model, with as many columns."""
     for name, sums in importance.sums.items():
         if name not in file.tensors:
-            raise GgufError(f"{imatrix} is of another model: it has {name}, which {src} has not.")
+            raise GgufError(f"{imatrix} is of another model: it has {name}, which {src} has not. Give this model's own.")
         shape = file.tensors[name].shape
         if sums.size != shape[-1] * prod(shape[:-2]):
             raise GgufError(
-                f"{imatrix} is of another model: {sums.size} values for {name}, whose rows in {src} have {shape[-1]}."
+                f"{imatrix} is of another model: {sums.size} values for {name}, whose rows in {src} have {shape[-1]}. "
+                "Give this model's own."
             )
 
 
@@ -264,8 +267,7 @@ def _file_size(file: GgufFile, tensors: tuple[TensorPlan, ...], imatrix: Path | 
     if imatrix and importance:
         added |= quantizer.imatrix_fields(imatrix.name, importance.datasets, len(importance.sums), importance.n_chunks)
     for key, value in added.items():
-        if key in file.fields:
-            meta -= _field_size(key, file.fields[key])
+        meta -= file.sizes.get(key, 0)
         meta += _field_size(key, value)
     return padded(meta) + sum(padded(t.nbytes) for t in tensors)
 

@@ -13,6 +13,10 @@ import click
 if TYPE_CHECKING:
     from .build import Built, Made
     from .catalog import Model
+    from .choices import Choices
+    from .corpus import Used
+    from .evaluate import Evaluation
+    from .imatrix import Collected
     from .inspection import Inspected
     from .quantize import Plan
 
@@ -24,17 +28,25 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
         return
     show(result)
     for note in getattr(result, "notes", ()):
-        click.echo(f"note: {note}", err=True)
+        click.echo(f"note: {one_line(note)}", err=True)
 
 
 def _plain(value: Any) -> Any:
+    """What JSON can say; the figures of single tokens are left out."""
     if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
+    if type(value).__module__ == "numpy":
+        return None
     return str(value) if isinstance(value, Path) else value
+
+
+def one_line(text: str) -> str:
+    """Text for one line of a terminal: names in a hostile file may hold line breaks or escape sequences."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def size(n: int | None) -> str:
@@ -111,6 +123,42 @@ def show_inspected(found: "Inspected") -> None:
     for key, value in found.fields.items():
         text = repr(value) if isinstance(value, str) else str(value)
         click.echo(f"{key} = {text if len(text) <= 100 else text[:99] + '…'}")
+
+
+def show_collected(found: "Collected") -> None:
+    click.echo(f"{found.path}: {found.n_entries} tensors, {found.n_chunks} chunks in {found.seconds:.0f} s")
+    if found.resumed:
+        click.echo(f"{found.resumed} chunks were taken over from the run before")
+    show_manifest(found.manifest)
+
+
+def show_manifest(manifest: Sequence["Used"]) -> None:
+    for u in manifest:
+        split = f", {u.split}" if u.split else ""
+        click.echo(f"text: {u.name}{split}: {u.chunks} chunks, {u.tokens} tokens of {u.documents} documents")
+
+
+def show_evaluation(found: "Evaluation") -> None:
+    base = [found.base] if found.base else []
+    rows = []
+    for m in [*base, *found.models]:
+        a = m.against
+        loss = (f"{a.kld.value:.5f} ± {a.kld.error:.5f}", f"{a.same_top.value:.2f} %") if a else ("", "")
+        rows.append((m.path.name, f"{m.ppl.value:.4f} ± {m.ppl.error:.4f}", f"{m.bits_per_byte:.4f}", *loss))
+    table(("file", "PPL", "bits/byte", "mean KLD", "same top"), rows)
+    click.echo(f"{found.n_chunks} chunks of {found.n_ctx} tokens, {found.n_scored} scored, in {found.seconds:.0f} s")
+    show_manifest(found.manifest)
+
+
+def show_choices(found: list["Choices"]) -> None:
+    subjects = [s.name for s in found[0].subjects]
+    rows = [(s, *(f"{100 * c.subjects[i].right / c.subjects[i].n:.1f}" for c in found)) for i, s in enumerate(subjects)]
+    table(("subject", *(c.path.name for c in found)), rows)
+    for c in found:
+        n = sum(s.n for s in c.subjects)
+        click.echo(
+            f"{c.path.name}: {c.accuracy:.2f} ± {c.error:.2f} % of {n} questions, {c.average:.2f} % by subject, {c.shots}-shot"
+        )
 
 
 def stream(pieces: Iterator[str]) -> None:

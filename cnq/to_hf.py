@@ -11,6 +11,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, open_gguf
 from .checkpoint.hf import write_safetensors
+from .errors import OutputExists
 from .files import replacing
 from .gguf_file import BF16, F16, F32, Planned, TensorType, encoded
 
@@ -48,9 +49,10 @@ def to_hf(
     """
     started = time.perf_counter()
     checkpoint = open_gguf(src)
+    placed = checkpoint.placed()
     matrices = [e.type for e in checkpoint.entries.values() if len(e.shape) > 1]
     target = DTYPES[dtype] if dtype != "auto" else matrices[0] if matrices[0] in DTYPES.values() else F16
-    planned = [_plan(checkpoint, name, target) for name, _, _ in checkpoint.placed()]
+    planned = [_plan(checkpoint, name, target) for name, _, _ in placed]
     total = sum(t.nbytes for t in planned)
     done = 0
 
@@ -59,7 +61,8 @@ def to_hf(
         done += n
         progress(done, total)
 
-    with replacing(dst, force=force, need=total + _FILES_ROOM) as folder:
+    with replacing(dst, force=force, need=total + _FILES_ROOM, folder=True) as folder:
+        _require_replaceable(src, dst)
         folder.mkdir()
         checkpoint.tokenizer(folder)
         config = checkpoint.config | {"torch_dtype": {F16: "float16", BF16: "bfloat16", F32: "float32"}[target]}
@@ -74,6 +77,16 @@ def to_hf(
         nbytes=total,
         seconds=time.perf_counter() - started,
     )
+
+
+def _require_replaceable(src: Path, dst: Path) -> None:
+    """--force replaces a checkpoint, not a folder with anything else in it."""
+    if dst.is_dir() and (src.resolve().is_relative_to(dst.resolve()) or not _is_checkpoint(dst)):
+        raise OutputExists(f"{dst} is a folder with other things in it. Name another output.")
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or not any(folder.iterdir())
 
 
 def _plan(checkpoint: Checkpoint, name: str, target: TensorType) -> Planned:

@@ -14,6 +14,8 @@ from click.testing import CliRunner
 from cnq.build import build
 from cnq.cli import cli
 from cnq.errors import PromptError
+from cnq.gguf_file import GgufFile
+from cnq.imatrix_file import read_imatrix
 from cnq.terminal import Progress
 
 
@@ -33,7 +35,7 @@ def model(tmp_path) -> Path:
 
 def run(model, out, types=("Q4_K_M",), **options):
     report = Silent()
-    return build(str(model), types, out=out, report=report, **options), report.kept
+    return build(str(model), types, out=out, report=report, **({"chunks": 0} | options)), report.kept
 
 
 def test_the_road_makes_every_file(model, tmp_path):
@@ -44,6 +46,16 @@ def test_the_road_makes_every_file(model, tmp_path):
     assert built.result.name == names[-1]
     assert (tmp_path / "out" / "Modelfile").read_text().startswith("FROM ./my-model-Q4_K_M.gguf\n")
     assert all(m.seconds is not None and m.nbytes == m.path.stat().st_size for m in built.files)
+
+
+def test_with_calibration_the_files_are_named_im_and_the_matrix_is_kept(model, tmp_path):
+    out = tmp_path / "out"
+    built, _ = run(model, out, ("Q8_0", "Q4_K_M"), chunks=2)
+    assert [m.path.name for m in built.files] == ["my-model-F16.gguf", "my-model-Q8_0.gguf", "my-model-Q4_K_M-im.gguf"]
+    assert GgufFile(built.result).fields["quantize.imatrix.file"] == "my-model.imatrix.gguf"
+    assert "People's Daily" in read_imatrix(out / "my-model.imatrix.gguf").datasets[0]
+    _, kept = run(model, out, ("Q5_K_M",), chunks=2)
+    assert kept == ["my-model-F16.gguf", "my-model.imatrix.gguf"]
 
 
 def test_a_second_run_makes_nothing_again(model, tmp_path):
@@ -109,7 +121,7 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(moment, tmp_pa
     )  # fmt: skip
     want = {m.path.name: m.path.read_bytes() for m in run(model, tmp_path / "undisturbed")[0].files}
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "cnq", "build", str(model), "--out", str(out)]
+    command = [sys.executable, "-m", "cnq", "build", str(model), "--out", str(out), "--chunks", "0"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while child.poll() is None and not (out / moment).exists():
         pass
@@ -121,7 +133,7 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(moment, tmp_pa
 
 
 def test_the_command_prints_a_table_and_an_answer(model, tmp_path):
-    arguments = ["build", str(model), "--out", str(tmp_path / "out"), "--prompt", "你好"]
+    arguments = ["build", str(model), "--out", str(tmp_path / "out"), "--chunks", "2", "--prompt", "你好"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert "bits/weight" in result.output

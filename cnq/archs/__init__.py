@@ -20,7 +20,8 @@ def of_config(config: dict[str, Any]) -> Arch:
             arch.check(config)
             return arch
     known = listed([a.classes[0] for a in ARCHS], len(ARCHS))
-    raise UnsupportedArch(f"config.json is of {listed(classes) or config.get('model_type')}; cnq knows {known}.")
+    found = listed(map(str, classes)) or config.get("model_type") or "no family"
+    raise UnsupportedArch(f"config.json is of {found}; cnq knows {known}. For others there is llama.cpp's own converter.")
 
 
 def of_gguf(name: str) -> Arch:

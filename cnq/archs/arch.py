@@ -1,6 +1,6 @@
 """The words that a family is described in: where each tensor goes, and which hyper-parameters say the same on both sides."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ DROPPED = (".rotary_emb.inv_freq",)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # may be absent or null
 _MOST = {"num_hidden_layers": 512}  # llama.cpp src/llama-hparams.h, LLAMA_MAX_LAYERS
+_INT_MAX, _FLOAT_MAX = 2**31 - 1, 3.4e38
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,8 @@ class Arch:
     def check(self, config: Config) -> None:
         """Raise CheckpointError for a size that is missing or absurd, UnsupportedArch for a variant not described here."""
         for key in (*_SIZES, *(k for k in _MORE_SIZES if config.get(k) is not None)):
-            most = _MOST.get(key, 2**31 - 1)
-            if type(config.get(key)) is not int or not 1 <= config[key] <= most:
+            most = _MOST.get(key, _INT_MAX)
+            if not _size(config.get(key), most):
                 raise _wrong(key, config.get(key), f"a whole number from 1 to {most}")
         if not _positive(config.get("rms_norm_eps")):
             raise _wrong("rms_norm_eps", config.get("rms_norm_eps"), "a number above 0")
@@ -101,8 +102,12 @@ class Arch:
                 yield hf_name.format(layer), to.name.format(layer), to, tuple(sizes[letter] for letter in to.shape)
 
 
+def _size(value: Any, most: int = _INT_MAX) -> bool:
+    return type(value) is int and 1 <= value <= most  # True is an int, too
+
+
 def _positive(value: Any) -> bool:
-    return isinstance(value, int | float) and 0 < value < float("inf")
+    return isinstance(value, int | float) and 0 < value < _FLOAT_MAX
 
 
 def _wrong(key: str, value: Any, expected: str) -> CheckpointError:
@@ -149,9 +154,11 @@ def rope(config: Config) -> Config:
     found.setdefault("rope_theta", config.get("rope_theta") or 10000.0)
     found["rope_type"] = found.get("rope_type") or found.get("type") or "default"
     found.setdefault("original_max_position_embeddings", config.get("original_max_position_embeddings"))
-    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+    for key in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
         if found.get(key) is not None and not _positive(found[key]):
             raise _wrong(key, found[key], "a number above 0")
+    if (original := found["original_max_position_embeddings"]) is not None and not _size(original):
+        raise _wrong("original_max_position_embeddings", original, "a whole number above 0")
     return found
 
 
@@ -209,9 +216,11 @@ def _rope_scaling(settings: Config) -> Iterator[tuple[str, str, Any]]:
             )
         yield "rope.scaling.original_context_length", U32, original
         for key, names in _YARN:
-            value = next((settings[n] for n in names if settings.get(n) is not None), None)
-            if value is not None:
-                yield key, F32, value
+            name = next((n for n in names if settings.get(n) is not None), None)
+            if name:
+                if not isinstance(settings[name], int | float) or not abs(settings[name]) < _FLOAT_MAX:
+                    raise _wrong(name, settings[name], "a number")
+                yield key, F32, settings[name]
 
 
 def llama3_factors(config: Config) -> np.ndarray | None:
@@ -248,40 +257,50 @@ def llama3_factors(config: Config) -> np.ndarray | None:
 def config_of(fields: dict[str, Any], arch: Arch) -> Config:
     """The config.json that a GGUF's metadata stands for (without the rope factors of llama3, which are a tensor).
 
-    Raises CheckpointError naming a key that is missing.
+    Raises CheckpointError naming a key that is missing, or is not the number it should be.
     """
 
     def get(key: str, default: Any = None) -> Any:
         return fields.get(f"{arch.gguf}.{key}", default)
 
-    try:
-        heads = fields[f"{arch.gguf}.attention.head_count"]
-        hidden = fields[f"{arch.gguf}.embedding_length"]
-        config: Config = {
-            "architectures": [arch.classes[0]],
-            "model_type": arch.model_type,
-            "hidden_act": "silu",
-            "hidden_size": hidden,
-            "intermediate_size": fields[f"{arch.gguf}.feed_forward_length"],
-            "num_hidden_layers": fields[f"{arch.gguf}.block_count"],
-            "num_attention_heads": heads,
-            "num_key_value_heads": get("attention.head_count_kv", heads),
-            "head_dim": get("attention.key_length", get("rope.dimension_count", hidden // heads)),
-            "max_position_embeddings": get("context_length", 2048),
-            "rms_norm_eps": _decimal(fields[f"{arch.gguf}.attention.layer_norm_rms_epsilon"]),
-        }
-    except KeyError as error:
-        raise CheckpointError(
-            f"the GGUF has no {error.args[0]}; it is incomplete. Convert it again from its checkpoint."
-        ) from None
-    rope_theta = _decimal(get("rope.freq_base", 10000.0))
-    config["rope_theta"] = rope_theta
+    def checked(key: str, default: Any, sound: Callable[[Any], bool], expected: str) -> Any:
+        value = get(key, default)
+        if value is None:
+            raise CheckpointError(f"the GGUF has no {arch.gguf}.{key}; it is incomplete. Convert it again from its checkpoint.")
+        if not sound(value):
+            raise CheckpointError(
+                f"the GGUF says {arch.gguf}.{key} = {value!r}, expected {expected}. It is damaged, or of a variant that cnq "
+                "does not know: convert it again from its checkpoint."
+            )
+        return value
+
+    def size(key: str, default: int | None = None, most: int = _INT_MAX) -> int:
+        return checked(key, default, lambda value: _size(value, most), f"a whole number from 1 to {most}")
+
+    def real(key: str, default: float | None = None) -> float:
+        return _decimal(checked(key, default, _positive, "a number above 0"))
+
+    heads, hidden = size("attention.head_count"), size("embedding_length")
+    config: Config = {
+        "architectures": [arch.classes[0]],
+        "model_type": arch.model_type,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": size("feed_forward_length"),
+        "num_hidden_layers": size("block_count", most=_MOST["num_hidden_layers"]),
+        "num_attention_heads": heads,
+        "num_key_value_heads": size("attention.head_count_kv", heads),
+        "head_dim": size("attention.key_length", size("rope.dimension_count", max(1, hidden // heads))),
+        "max_position_embeddings": size("context_length", 2048),
+        "rms_norm_eps": real("attention.layer_norm_rms_epsilon"),
+        "rope_theta": real("rope.freq_base", 10000.0),
+    }
     kind = get("rope.scaling.type", "none")
     if kind != "none":
-        scaling = {"rope_type": kind, "factor": _decimal(get("rope.scaling.factor", 1.0))}
+        scaling = {"rope_type": kind, "factor": real("rope.scaling.factor", 1.0)}
         if kind == "yarn":
             scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
-            scaling |= {names[0]: _decimal(get(key)) for key, names in _YARN if get(key) is not None}
+            scaling |= {names[0]: _decimal(get(key)) for key, names in _YARN if isinstance(get(key), int | float)}
         config["rope_scaling"] = scaling
     return config
 

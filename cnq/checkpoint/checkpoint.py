@@ -42,24 +42,25 @@ class Checkpoint:
 
         Raises CheckpointError naming tensors that are missing, unknown, or of another shape than config.json says.
         """
+        config = "config.json" if self.path.is_dir() else "its metadata"
         expected = {hf: (gguf, to, shape) for hf, gguf, to, shape in self.arch.expected(self.config)}
         missing = [name for name in expected if name not in self.entries]
         if missing:
             raise CheckpointError(
                 f"{self.path}: {len(missing)} of {len(expected)} tensors are missing: {listed(missing)}. "
-                "The download is incomplete, or config.json is of another model."
+                f"The download is incomplete, or {config} is of another model."
             )
         unknown = [name for name in self.entries if name not in expected]
         if unknown:
             raise CheckpointError(
                 f"{self.path}: tensors that {self.arch.classes[0]} does not have: {listed(unknown)}. "
-                "config.json is of another model, or the model is a variant that cnq does not know."
+                f"The model is a variant that cnq does not know, or {config} is of another model."
             )
         for name, (_, _, shape) in expected.items():
             found = self.entries[name].shape
             if found != shape:
                 raise CheckpointError(
-                    f"{self.path}: {name} is {found}, by config.json it should be {shape}. "
-                    "Weights and config.json are of different models."
+                    f"{self.path}: {name} is {found}, by {config} it should be {shape}. "
+                    f"Weights and {config} are of different models: get both from one place."
                 )
         return [(name, *expected[name][:2]) for name in self.entries]

@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import numpy as np
+
 from .. import archs, vocab
-from ..archs.arch import config_of, llama3_factors
+from ..archs.arch import config_of, head_dim, hparams, llama3_factors
 from ..errors import CheckpointError, listed
 from ..gguf_file import GgufFile, Tensor
 from .checkpoint import Checkpoint, Entry
@@ -20,7 +22,9 @@ def open_gguf(path: Path) -> Checkpoint:
     arch = archs.of_gguf(file.arch)
     config = config_of(file.fields, arch)
     if _EMBEDDING not in file.tensors:
-        raise CheckpointError(f"{path} has no {_EMBEDDING}: it holds a vocabulary or an adapter, not a model.")
+        raise CheckpointError(
+            f"{path} has no {_EMBEDDING}: it holds a vocabulary or an adapter. Give the GGUF of a complete model."
+        )
     config["vocab_size"] = file.tensors[_EMBEDDING].shape[0]
     config["tie_word_embeddings"] = _HEAD not in file.tensors
     config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
@@ -29,12 +33,17 @@ def open_gguf(path: Path) -> Checkpoint:
         if (key := f"tokenizer.ggml.{name}_token_id") in file.fields:
             config[f"{name}_token_id"] = file.fields[key]
     arch.check(config)
+    for _ in hparams(config, arch):  # raises for rotary settings that config.json cannot say
+        pass
     if _ROPE in file.tensors:
         config["rope_scaling"] = _llama3_scaling(path, file, config)
     rules = {hf: (gguf, to) for hf, gguf, to, _ in arch.expected(config)}
     unknown = file.tensors.keys() - {gguf for gguf, _ in rules.values()} - {_ROPE}
     if unknown:
-        raise CheckpointError(f"{path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}.")
+        raise CheckpointError(
+            f"{path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}. "
+            "It is of a variant that cnq does not know: take the model's own checkpoint."
+        )
 
     def read(name: str) -> Tensor:
         gguf, to = rules[name]
@@ -57,7 +66,8 @@ def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> di
     The largest factor is `factor`; the trained context is found by trying (8192 for LLaMA 3.1 and 3.2).
     """
     factors = file.tensor(_ROPE).float32()
-    for original in (8192, *(64 << n for n in range(12))):
+    plausible = factors.shape == (head_dim(config) // 2,) and bool(np.isfinite(factors).all() and factors.min() > 0)
+    for original in (8192, *(64 << n for n in range(12))) if plausible else ():
         scaling = {
             "rope_type": "llama3",
             "factor": float(factors.max()),
@@ -66,6 +76,6 @@ def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> di
             "original_max_position_embeddings": original,
         }
         made = llama3_factors({**config, "rope_scaling": scaling})
-        if made is not None and made.shape == factors.shape and abs(made - factors).max() < 1e-5:
+        if made is not None and abs(made - factors).max() < 1e-5:
             return scaling
     raise CheckpointError(f"{path}: {_ROPE} holds frequency factors that are not LLaMA 3's; config.json cannot say them.")

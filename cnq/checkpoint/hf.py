@@ -49,7 +49,7 @@ def open_hf(path: Path) -> Checkpoint:
     _require_indexed(path, set(weights))
     weights = {name: w for name, w in weights.items() if not name.endswith(DROPPED)}
     notes = []
-    if _EMBEDDING in weights and config.get("vocab_size") != (rows := weights[_EMBEDDING][0].shape[0]):
+    if config.get("vocab_size") != (rows := _embedding_rows(path, weights)):
         notes.append(f"config.json says vocab_size {config.get('vocab_size')}, the embedding has {rows} rows: {rows} it is")
         config["vocab_size"] = rows
     if config.get("tie_word_embeddings") and weights.pop("lm_head.weight", None):
@@ -63,6 +63,18 @@ def open_hf(path: Path) -> Checkpoint:
         tokenizer=lambda scratch: path,
         notes=tuple(notes),
     )
+
+
+def _embedding_rows(path: Path, weights: _Weights) -> int:
+    if _EMBEDDING not in weights:
+        raise CheckpointError(
+            f"{path}: {_EMBEDDING} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
+            "The download is incomplete, or the model is of another family."
+        )
+    shape = weights[_EMBEDDING][0].shape
+    if len(shape) != 2 or not shape[0]:
+        raise CheckpointError(f"{path}: {_EMBEDDING} is {shape}, expected a row for each token. Download the model again.")
+    return shape[0]
 
 
 def read_config(path: Path) -> Config:
@@ -81,7 +93,7 @@ def read_config(path: Path) -> Config:
     config = read_json(path / "config.json")
     quantized = config.get("quantization_config")
     if quantized:
-        method = quantized.get("quant_method", "an unknown method")
+        method = quantized.get("quant_method", "an unknown method") if isinstance(quantized, dict) else quantized
         raise CheckpointError(
             f"{path} is quantized already ({method}). Start from the float checkpoint it was made from: "
             "what one quantization lost, another cannot bring back."
@@ -93,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises CheckpointError for anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object. Download it again.")
@@ -114,12 +126,12 @@ def _index(path: Path) -> tuple[Path, dict[str, str]] | None:
 def _shards(path: Path) -> list[Path]:
     if index := _index(path):
         index_path, files = index
-        names = sorted(set(files.values()))
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+        for name in files.values():
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise CheckpointError(
                     f"{index_path} names a file outside the model's directory: {name!r}. Do not use this download."
                 )
+        names = sorted(set(files.values()))
         missing = [name for name in names if not (path / name).is_file()]
         if missing:
             raise CheckpointError(
@@ -187,6 +199,13 @@ def _torch_pickle(path: Path) -> _Weights:
             f"{path} is a PyTorch file, which takes torch to read: pip install 'cnq[training]'. "
             "Or use the model's safetensors files, which need nothing."
         ) from None
+
+    def plain(value: object) -> bool:
+        """A tensor with all its numbers in the file: a stride of 0 can make any size out of one."""
+        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
+            return False
+        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
+
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
     try:
         try:
@@ -194,12 +213,20 @@ def _torch_pickle(path: Path) -> _Weights:
         except RuntimeError:  # saved before torch 1.6: not a zip, cannot be mapped
             state = load()
     except Exception as error:  # torch raises half a dozen kinds for a damaged or hostile pickle
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged, or not plain weights ({reason}). Download it again.") from None
+        # what was found comes after the advice to switch the protection off
+        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{path} is damaged, or not plain weights ({reason}). Use the model's safetensors files, or download it again."
+        ) from None
     kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    if not isinstance(state, dict) or (odd := [k for k, v in state.items() if not (isinstance(k, str) and plain(v))]):
+        found = f"{odd[0]!r} is no tensor" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
+        raise CheckpointError(
+            f"{path} is not plain weights: {found}, expected names and tensors. Use the model that save_pretrained wrote."
+        )
 
     def read(name: str, entry: Entry) -> Tensor:
-        raw = state[name].contiguous().view(-1).view(torch.uint8).numpy()
+        raw = state[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
         return Tensor(name, entry.type, entry.shape, _typed(raw, entry.type, entry.shape))
 
     weights: _Weights = {}

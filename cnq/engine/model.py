@@ -1,17 +1,19 @@
 """A GGUF model in memory: text to tokens and back, logits, and sampling token by token."""
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
 import psutil
 
-from ..errors import EngineError
+from ..errors import EngineError, GgufError
 from ..gguf_file import F32, GgufFile
+from . import ggml
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
 
@@ -44,14 +46,26 @@ class Sampling:
 class Model:
     """A model with one sequence of context. Use it in a `with`, or call close()."""
 
-    def __init__(self, path: Path, *, n_ctx: int = 0, n_batch: int = 512, n_threads: int = 0, exact: bool = False):
+    def __init__(
+        self,
+        path: Path,
+        *,
+        n_ctx: int = 0,
+        n_batch: int = 512,
+        n_threads: int = 0,
+        exact: bool = False,
+        watch: Callable[[ggml.Tensor, bool], bool] | None = None,
+    ):
         """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
 
         exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
+        watch: llama.cpp's evaluation callback. Asked (tensor, True) whether a result is wanted; shown it with False, it
+        may return False to end the pass. What it raises comes out of the call that ran the pass.
 
         Raises GgufError (no GGUF, cut short), EngineError with llama.cpp's words.
         """
         self.fields = GgufFile(path).fields  # a file that is no GGUF is refused here, before native code sees it
+        _refuse_fatal(path, self.fields)
         cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         self._ctx = None
         params = lib.llama_model_default_params()
@@ -65,6 +79,9 @@ class Model:
         if exact:
             context.type_k = context.type_v = F32.id
             context.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._watch_error: BaseException | None = None
+        if watch:
+            context.cb_eval = self._callback = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
         self._ctx = lib.llama_init_from_model(self._model, context)
         if not self._ctx:
             self.close()
@@ -76,6 +93,7 @@ class Model:
         self.n_ctx = int(lib.llama_n_ctx(self._ctx))
         self.n_batch = n_batch
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
+        self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
         self._seen: list[int] = []  # tokens whose keys and values are in the context
 
@@ -94,8 +112,8 @@ class Model:
 
     def token_text(self, name: str) -> str:
         """The text of a special token: bos, eos."""
-        id = self.fields.get(f"tokenizer.ggml.{name}_token_id")
-        return self.fields["tokenizer.ggml.tokens"][id] if id is not None else ""
+        id, tokens = self.fields.get(f"tokenizer.ggml.{name}_token_id"), self.fields["tokenizer.ggml.tokens"]
+        return tokens[id] if isinstance(id, int) and 0 <= id < len(tokens) else ""
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
@@ -121,24 +139,38 @@ class Model:
         """Whether the token ends an answer: eos, eot, and what else llama.cpp counts as end of generation."""
         return bool(lib.llama_vocab_is_eog(self._vocab, token))
 
-    def logits(self, tokens: Sequence[int]) -> np.ndarray:
-        """(len(tokens), n_vocab) float32: for each position, the logits of the token after it. Forgets the context."""
+    def logits(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """(len(tokens) - first, n_vocab) float32: for each position from `first` on, the logits of the token after it.
+
+        A sequence of its own: the context is forgotten before and after.
+        """
         self._forget(0)
-        out = np.empty((len(tokens), self.n_vocab), np.float32)
+        out = np.empty((len(tokens) - first, self.n_vocab), np.float32)
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
-            self._decode(part, start, all_logits=True)
-            rows = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (len(part), self.n_vocab))
-            out[start : start + len(part)] = rows
+            wanted = max(0, min(len(part), start + len(part) - first))
+            self._decode(part, start, wanted)
+            if wanted:
+                at = start + len(part) - wanted - first
+                out[at : at + wanted] = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
         self._forget(0)
         return out
 
-    def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
-        """Yield the tokens of an answer, without the one that ends it.
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Run a sequence of its own for the watcher alone; every token is computed through all layers."""
+        self._forget(0)
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            self._decode(part, start, len(part))
+        self._forget(0)
 
-        What the prompt has in common with the last one is not computed again. Ends when the context is full.
-        Raises EngineError when the prompt leaves no room for an answer.
-        """
+    def next_logits(self, prompt: Sequence[int]) -> np.ndarray:
+        """(n_vocab,) float32, valid until the next call. What the prompt has in common with the last is not computed again."""
+        self._go_on(prompt)
+        return np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, -1), (self.n_vocab,))
+
+    def _go_on(self, prompt: Sequence[int]) -> None:
+        """Bring the context to the end of the prompt."""
         if not prompt or len(prompt) >= self.n_ctx:
             raise EngineError(f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
         common = 0
@@ -146,7 +178,15 @@ class Model:
             common += 1
         self._forget(common)
         for start in range(common, len(prompt), self.n_batch):
-            self._decode(prompt[start : start + self.n_batch], start)
+            self._decode(prompt[start : start + self.n_batch], start, 1)
+
+    def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
+        """Yield the tokens of an answer, without the one that ends it.
+
+        What the prompt has in common with the last one is not computed again. Ends when the context is full.
+        Raises EngineError when the prompt leaves no room for an answer.
+        """
+        self._go_on(prompt)
         sampler = _sampler(sampling, self.n_vocab)
         try:
             for token in prompt[-sampling.repeat_last_n :]:
@@ -157,29 +197,62 @@ class Model:
                     return
                 yield token
                 if len(self._seen) < self.n_ctx:
-                    self._decode([token], len(self._seen))
+                    self._decode([token], len(self._seen), 1)
         finally:
             lib.llama_sampler_free(sampler)
 
-    def _decode(self, tokens: Sequence[int], position: int, all_logits: bool = False) -> None:
+    def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
+        """Run tokens at a position; the last `n_logits` of them get logits."""
         batch = lib.llama_batch_init(len(tokens), 0, 1)
         try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
                 batch.token[i], batch.pos[i] = token, position + i
                 batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = all_logits or i == len(tokens) - 1
+                batch.logits[i] = i >= len(tokens) - n_logits
             status = lib.llama_decode(self._ctx, batch)
         finally:
             lib.llama_batch_free(batch)
+        if error := self._watch_error:
+            self._watch_error = None
+            raise error
         if status:
             raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
         self._seen += tokens
+
+    def _watcher(self, watch: Callable[[ggml.Tensor, bool], bool]) -> Callable[[int, bool, object], bool]:
+        """The callback as C calls it: an exception must not cross native code, so it waits for _decode."""
+
+        def watcher(address: int, ask: bool, user_data: object) -> bool:
+            if self._watch_error:
+                return False
+            try:
+                return watch(ggml.Tensor.from_address(address), ask)
+            except BaseException as error:
+                self._watch_error = error
+                return False
+
+        return watcher
 
     def _forget(self, keep: int) -> None:
         """Drop all but the first `keep` tokens from the context."""
         lib.llama_memory_seq_rm(self._memory, 0, keep, -1)
         del self._seen[keep:]
+
+
+def _refuse_fatal(path: Path, fields: dict[str, Any]) -> None:
+    """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
+    arch = fields.get("general.architecture")
+    for key, sound, expected in (
+        ("block_count", range(1, 513), "1 to 512"),
+        ("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "none, linear, yarn or longrope"),
+    ):
+        value = fields.get(f"{arch}.{key}", sound[0])
+        if value not in sound:
+            raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
+    tokens = fields.get("tokenizer.ggml.tokens", [])
+    if not isinstance(tokens, list) or len(set(filter(None, tokens))) < len(tokens) - tokens.count(""):
+        raise GgufError(f"{path} says tokenizer.ggml.tokens is not a list of different tokens. Download or make it again.")
 
 
 def _sampler(sampling: Sampling, n_vocab: int) -> object:

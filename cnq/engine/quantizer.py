@@ -67,14 +67,16 @@ def ftypes() -> dict[str, int]:
 def quantize(request: Request, progress: Callable[[str, int, int], object] = lambda name, i, n: None) -> list[Choice]:
     """Run the request in a child process; for each tensor begun, `progress` hears its name, its number and how many there are.
 
-    Returns what became of each tensor. Raises QuantizeError with llama.cpp's words, or the signal that killed the child.
+    Returns what became of each tensor. Raises QuantizeError with llama.cpp's words, or the signal that killed the child;
+    OSError when the output cannot be written.
     """
     child = subprocess.Popen(
         [sys.executable, "-m", __name__],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
     )
     assert child.stdin and child.stdout and child.stderr
@@ -107,10 +109,18 @@ def quantize(request: Request, progress: Callable[[str, int, int], object] = lam
     if child.returncode < 0:
         failure = f"llama.cpp was ended by {signal.Signals(-child.returncode).name}. {''.join(errors[-1:]).strip()}"
     elif child.returncode:
-        failure = "".join(errors[-3:]).strip()
+        failure = " ".join(" ".join(errors[-3:]).split())
+    if failure and "iostream error" in failure:
+        _write_on(request.dst)
     if failure:
         raise QuantizeError(f"{request.src} was not quantized: {failure}")
     return choices
+
+
+def _write_on(path: str) -> None:
+    """Raise the OSError that llama.cpp met in writing: std::ofstream does not tell which."""
+    with open(path, "ab") as f:  # noqa: PTH123
+        f.write(bytes(1 << 20))
 
 
 # The child's side
@@ -212,7 +222,7 @@ def _run(request: Request) -> str | None:
                 slot.value.val_str = value.encode()
         params.kv_overrides = ctypes.cast(overrides_kv, type(params.kv_overrides))
         keep += [means, data, overrides_kv]
-    status = lib.llama_model_quantize(request.src.encode(), request.dst.encode(), ctypes.byref(params))
+    status = lib.llama_model_quantize(os.fsencode(request.src), os.fsencode(request.dst), ctypes.byref(params))
     return log.complaint() or f"status {status}" if status else None
 
 

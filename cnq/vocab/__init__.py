@@ -1,15 +1,19 @@
 """From a tokenizer's files to what a GGUF says of it, and back."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedVocab, VocabMismatch
+from ..errors import UnsupportedVocab, VocabMismatch, listed
 from . import bpe, spm
 from .special import add_special, read
 from .vocab import Kind, Vocab
 
 __all__ = ["Vocab", "load", "write"]
+
+# What reading files of another form than a tokenizer's ends in; the chain of errors tells where.
+_MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
 
 
 def load(folder: Path, rows: int) -> Vocab:
@@ -17,6 +21,19 @@ def load(folder: Path, rows: int) -> Vocab:
 
     Raises UnsupportedVocab (no tokenizer, or none that llama.cpp has), VocabMismatch (tokenizer of another model).
     """
+    try:
+        vocab = _load(folder, rows)
+        # JSON can say tokens that are no text, and text that has no UTF-8 (a lone surrogate)
+        "".join([*vocab.tokens, *(vocab.merges or ()), json.dumps(vocab.chat_template, ensure_ascii=False)]).encode()
+    except _MALFORMED as error:
+        raise UnsupportedVocab(
+            f"{folder}: the tokenizer's files are not in order ({type(error).__name__}: {error}). "
+            "Take them from the model's own repository."
+        ) from error
+    return vocab
+
+
+def _load(folder: Path, rows: int) -> Vocab:
     tokenizer = read(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
         vocab = spm.load_model(folder, rows)
@@ -35,12 +52,17 @@ def load(folder: Path, rows: int) -> Vocab:
 
 
 def _compare(folder: Path, vocab: Vocab, rows: int) -> None:
-    """Tokens and embedding rows must agree; rows may only be more by padding to a round number."""
+    """Tokens and embedding rows must agree, one to one; rows may only be more by padding to a round number."""
     if vocab.n_tokens > rows:
         raise VocabMismatch(
             f"{folder}: the tokenizer has {vocab.n_tokens} tokens, the embedding {rows} rows. A LoRA that extends the "
             "vocabulary must be merged first (python -m training.merge_lora BASE LORA OUT); "
             f"or the tokenizer is another model's: take the one with {rows} tokens."
+        )
+    if double := [token for token, n in Counter(vocab.tokens).items() if n > 1]:
+        raise UnsupportedVocab(
+            f"{folder}: several ids for one token ({listed(map(repr, double))}), which llama.cpp aborts at. "
+            "Take the tokenizer from the model's own repository."
         )
     spare = rows - vocab.n_tokens
     if spare and (rows % 8 or spare > rows // 20):
@@ -59,11 +81,22 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     Raises UnsupportedVocab.
     """
     model = fields.get("tokenizer.ggml.model")
-    writers = {"llama": spm.write, "gpt2": bpe.write}
-    if model not in writers or "tokenizer.ggml.token_type" not in fields:
-        raise UnsupportedVocab(f"the GGUF's tokenizer is of type {model!r}; cnq can write {' and '.join(writers)}.")
-    writers[model](fields, folder)
-    tokens = fields["tokenizer.ggml.tokens"]
+    if model not in ("llama", "gpt2") or "tokenizer.ggml.token_type" not in fields:
+        raise UnsupportedVocab(f"the GGUF's tokenizer is of type {model!r}; cnq can write llama and gpt2.")
+    try:
+        _write(fields, folder)
+    except _MALFORMED as error:
+        raise UnsupportedVocab(
+            f"the GGUF's tokenizer is not in order ({type(error).__name__}: {error}). Download or make the GGUF again."
+        ) from error
+
+
+def _write(fields: dict[str, Any], folder: Path) -> None:
+    model, tokens = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.tokens"]
+    # some converters write -1, or 2**32 - 1, for "none"
+    none = [k for k, id in fields.items() if k.endswith("_token_id") and not (type(id) is int and 0 <= id < len(tokens))]
+    fields = {key: value for key, value in fields.items() if key not in none}
+    (spm.write if model == "llama" else bpe.write)(fields, folder)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
     config: dict[str, Any] = {
         f"{name}_token": tokens[fields[key]]

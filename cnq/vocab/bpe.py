@@ -135,8 +135,7 @@ def _merge(merge: str | list[str]) -> str:
 
 
 def _set(vocab: Vocab, id: int, text: str, kind: Kind, rows: int) -> None:
-    vocab.n_tokens = max(vocab.n_tokens, id + 1)
-    if id < rows:
+    if vocab.has_row(id, rows):
         vocab.set(id, text, kind, 0.0)
 
 

@@ -35,7 +35,7 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}. Download it again.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected an object. Download it again.")
@@ -80,4 +80,6 @@ def _chat_template(folder: Path, tokenizer_config: dict[str, Any]) -> str | list
         named = [{"name": p.stem, "template": p.read_text(encoding="utf-8")} for p in more]
         return [{"name": "default", "template": default}, *named]
     template = tokenizer_config.get("chat_template") or read(folder / "chat_template.json").get("chat_template")
+    if isinstance(template, list) and not all(isinstance(t[key], str) for t in template for key in ("name", "template")):
+        raise ValueError("a chat template without name or text")
     return template if isinstance(template, str | list) else None

@@ -25,11 +25,14 @@ def load_model(folder: Path, rows: int) -> Vocab:
     model = spm_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())
+        understood = len(model.pieces) > 0  # nothing at all is a valid protobuf message, too
     except DecodeError:
+        understood = False
+    if not understood:
         raise UnsupportedVocab(
             f"{path} is no SentencePiece model (Meta's LLaMA 3 keeps tiktoken ranks under this name). "
             "Use the tokenizer.json of the model's Hugging Face repository."
-        ) from None
+        )
     if model.trainer_spec.model_type != spm_pb2.TrainerSpec.BPE:
         kind = spm_pb2.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
         raise UnsupportedVocab(
@@ -42,11 +45,11 @@ def load_model(folder: Path, rows: int) -> Vocab:
         kind = Kind(piece.type)
         vocab.set(id, piece.piece, Kind.NORMAL if kind == Kind.USER_DEFINED else kind, piece.score)
     for text, id in read(folder / "added_tokens.json").items():
-        if _within(vocab, id, rows):
+        if vocab.has_row(id, rows):
             vocab.set(id, text, Kind.USER_DEFINED, ADDED_SCORE)
     tokenizer_config = read(folder / "tokenizer_config.json")
     for key, entry in tokenizer_config.get("added_tokens_decoder", {}).items():
-        if _within(vocab, int(key), rows):
+        if vocab.has_row(int(key), rows):
             vocab.set(int(key), *added_kind(entry["content"], entry), ADDED_SCORE)
     vocab.special = {
         name: id
@@ -78,7 +81,7 @@ def load_json(folder: Path, rows: int) -> Vocab:
         ranks.setdefault("".join(merge.split(" ", 1) if isinstance(merge, str) else merge), rank)
     unreachable: list[int] = []
     for text, id in ids.items():
-        if not _within(vocab, id, rows):
+        if not vocab.has_row(id, rows):
             continue
         byte = bool(_BYTE.fullmatch(text))
         if len(text) > 1 and text not in ranks and not byte:
@@ -86,7 +89,7 @@ def load_json(folder: Path, rows: int) -> Vocab:
         vocab.set(id, text, Kind.BYTE if byte else Kind.NORMAL, float(-ranks.get(text, len(ranks))))
     added = {entry["id"]: entry for entry in tokenizer.get("added_tokens", [])}
     for id, entry in added.items():
-        if _within(vocab, id, rows):
+        if vocab.has_row(id, rows):
             vocab.set(id, *added_kind(entry["content"], entry), ADDED_SCORE)
     if never := [vocab.tokens[id] for id in unreachable if id not in added]:
         vocab.notes.append(f"{len(never)} tokens that no merge makes ({listed(never)}): HF never produces them, llama.cpp may")
@@ -111,12 +114,6 @@ def _blank(model: str, rows: int) -> Vocab:
         kinds=[Kind.UNUSED] * rows,
         scores=[_PLACEHOLDER_SCORE] * rows,
     )
-
-
-def _within(vocab: Vocab, id: int, rows: int) -> bool:
-    """Whether the embedding has a row for the token. Those it lacks are counted and refused by vocab.load."""
-    vocab.n_tokens = max(vocab.n_tokens, id + 1)
-    return id < rows
 
 
 def _space_prefix(vocab: Vocab, tokenizer_config: dict[str, Any], prefix: bool) -> None:

@@ -62,6 +62,13 @@ class Vocab:
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
 
+    def has_row(self, id: int, rows: int) -> bool:
+        """Whether the embedding has a row for the token. Those it lacks are counted, and refused by vocab.load."""
+        if id < 0:
+            raise ValueError(f"a token of id {id}")
+        self.n_tokens = max(self.n_tokens, id + 1)
+        return id < rows
+
     def set(self, id: int, token: str, kind: Kind, score: float) -> None:
         self.tokens[id] = token
         self.kinds[id] = kind

@@ -1,0 +1,305 @@
+"""Float GGUF + text → importance matrix: Σx² of the inputs of every matrix, through llama.cpp's evaluation callback.
+
+The same sums as llama-imatrix, sooner: each pass ends after the last matrix that is asked for, and inputs that several
+matrices share are squared once.
+"""
+
+import ctypes
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .corpus import Chunks, Used
+from .engine import ggml
+from .engine.model import Model
+from .errors import EngineError, GgufError, listed
+from .files import replacing
+from .gguf_file import GgufFile
+from .imatrix_file import Importance, merged, read_imatrix, write_dat, write_gguf
+
+MIN_TOKENS = 16  # llama-imatrix looks at no smaller product
+STATE = ".state"
+
+
+@dataclass(frozen=True)
+class Collected:
+    """n_tokens: seen in this run. resumed: chunks taken over from an interrupted run. notes: what has no data."""
+
+    path: Path
+    n_entries: int
+    n_chunks: int
+    n_tokens: int
+    resumed: int
+    manifest: tuple[Used, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+
+class Collector:
+    """Sums over the inputs of matrix products, fed by the evaluation callback.
+
+    wanted: names of the weights. sums: name -> (n_mat, n_cols) float64; counts: name -> (n_mat,) int64 tokens.
+    """
+
+    def __init__(self, file: GgufFile, process_output: bool):
+        names = [n for n, t in file.tensors.items() if n.startswith("blk.") and n.endswith(".weight") and len(t.shape) > 1]
+        self.wanted = set(names) | ({"output.weight"} & file.tensors.keys() if process_output else set())
+        self.file = file
+        self.sums: dict[str, np.ndarray] = {}
+        self.counts: dict[str, np.ndarray] = {}
+        self._mul_mat, self._mul_mat_id = ggml.op("MUL_MAT"), ggml.op("MUL_MAT_ID")
+        self._checked = False
+        self._seen: set[str] = set()  # in this pass
+        self._needed: set[str] | None = None  # what a whole pass meets; known after the first chunk
+        # The last input (its address as a graph node, since memory is recycled), and its squares summed over the tokens.
+        self._shared: tuple[int, np.ndarray] | None = None
+
+    def begin(self) -> None:
+        """A new chunk."""
+        if self._seen and self._needed is None:
+            self._needed = set(self._seen)
+        self._seen.clear()
+        self._shared = None
+
+    def __call__(self, tensor: ggml.Tensor, ask: bool) -> bool:
+        """llama.cpp asks of each product whether its data is wanted, then shows it; False then ends the pass."""
+        if tensor.op not in (self._mul_mat, self._mul_mat_id):
+            return not ask
+        weight, inputs = tensor.src[0].contents, tensor.src[1].contents
+        name = weight.name.decode("utf-8", "replace")
+        if name not in self.wanted or not ggml.is_float32(inputs):
+            return not ask
+        if tensor.op == self._mul_mat and inputs.ne[1] < MIN_TOKENS:
+            return not ask
+        if ask:
+            return True
+        if not self._checked:
+            ggml.check(weight, self.file.tensors[name])
+            self._checked = True
+        if tensor.op == self._mul_mat:
+            self._dense(name, inputs)
+        else:
+            self._experts(name, weight, inputs, tensor.src[2].contents)
+        self._seen.add(name)
+        if self._needed is None or not self._needed <= self._seen:
+            return True
+        self._seen.clear()  # a chunk may take several passes
+        return False
+
+    def _dense(self, name: str, inputs: ggml.Tensor) -> None:
+        x = ggml.array(inputs).reshape(-1, inputs.ne[0])  # (tokens, columns)
+        node = ctypes.addressof(inputs)
+        if self._shared is None or self._shared[0] != node:
+            self._shared = node, np.einsum("ij,ij->j", x, x)
+        self._add(name, self._shared[1][None], np.array([len(x)]))
+
+    def _experts(self, name: str, weight: ggml.Tensor, inputs: ggml.Tensor, ids: ggml.Tensor) -> None:
+        x = ggml.array(inputs)[0]  # (tokens, 1 or experts used, columns)
+        chosen = ggml.array(ids, np.int32)[0, 0]  # (tokens, experts used)
+        n_mat, columns = weight.ne[2], x.shape[-1]
+        sums, counts = np.zeros((n_mat, columns)), np.zeros(n_mat, np.int64)
+        for expert in range(n_mat):
+            token, slot = np.nonzero(chosen == expert)
+            rows = x[token, slot % x.shape[1]]
+            sums[expert] = np.einsum("ij,ij->j", rows, rows)
+            counts[expert] = len(rows)
+        self._shared = None
+        self._add(name, sums, counts)
+
+    def _add(self, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
+        if not np.isfinite(sums).all():
+            raise EngineError(
+                f"{name}: its inputs are not finite. The model overflows float16, or is damaged: "
+                "convert it with --dtype bf16 or f32."
+            )
+        if name in self.sums:
+            self.sums[name] += sums
+            self.counts[name] += counts
+        else:
+            self.sums[name], self.counts[name] = sums.astype(np.float64), counts.astype(np.int64)
+
+    def importance(self, datasets: tuple[str, ...], n_chunks: int, chunk_size: int) -> Importance:
+        return Importance(
+            {name: self.sums[name].astype(np.float32) for name in sorted(self.sums)},
+            {name: self.counts[name].astype(np.float32) for name in sorted(self.sums)},
+            datasets,
+            n_chunks,
+            chunk_size,
+        )
+
+
+def collect(
+    gguf: Path,
+    text: Callable[[Model], Chunks],
+    dst: Path,
+    *,
+    n_ctx: int = 512,
+    n_batch: int = 512,
+    process_output: bool = False,
+    merge: tuple[Path, ...] = (),
+    legacy: bool = False,
+    save_every: int = 10,
+    threads: int = 0,
+    force: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Collected:
+    """Run `text` through `gguf` and write the importance matrix to `dst`.
+
+    text: makes the chunks with the model's tokenizer (cnq.corpus). process_output: output.weight too. merge: importance
+    matrices to be added. legacy: write .dat instead of GGUF. save_every: chunks between two states on disk, from which an
+    interrupted run goes on when model, text and options are the same.
+    Raises GgufError, CorpusError, EngineError, OutputExists, NoSpace.
+    """
+    started = time.perf_counter()
+    others = [read_imatrix(path) for path in merge]
+    file = GgufFile(gguf)
+    collector = Collector(file, process_output)
+    with replacing(dst, force=force) as partial:
+        with Model(gguf, n_ctx=n_ctx, n_batch=min(n_batch, n_ctx), n_threads=threads, watch=collector) as model:
+            chunks = text(model)
+            state = _State(dst, _key(gguf, chunks, n_ctx, process_output))
+            done = state.load(collector)
+            for i in range(done, len(chunks.tokens)):
+                collector.begin()
+                model.feed(with_bos(model, chunks.tokens[i]))
+                progress(i + 1, len(chunks.tokens))
+                if (i + 1) % save_every == 0 and i + 1 < len(chunks.tokens):
+                    state.save(collector, i + 1)
+        if not collector.sums:
+            raise GgufError(f"{gguf}: no matrix product of blk.* was seen. It is no model that cnq can calibrate.")
+        datasets = tuple(f"{u.name} sha256:{u.sha256[:16]} {u.chunks} chunks" for u in chunks.manifest)
+        importance = collector.importance(datasets, len(chunks.tokens), n_ctx)
+        for other in others:
+            importance = merged(importance, other)
+        (write_dat if legacy else write_gguf)(partial, importance)
+    state.forget()
+    return Collected(
+        path=dst,
+        n_entries=len(importance.sums),
+        n_chunks=len(chunks.tokens),
+        n_tokens=int(chunks.tokens[done:].size),
+        resumed=done,
+        manifest=chunks.manifest,
+        notes=tuple(_gaps(collector, importance)),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def with_bos(model: Model, tokens: np.ndarray) -> list[int]:
+    """A chunk with its first token replaced by bos, where the model adds one: as llama.cpp's tools run chunks."""
+    ids = tokens.tolist()
+    if model.adds_bos:
+        ids[0] = model.bos
+    return ids
+
+
+def _gaps(collector: Collector, importance: Importance) -> list[str]:
+    notes = []
+    if missing := sorted(collector.wanted - importance.sums.keys()):
+        notes.append(f"no data for {len(missing)} tensors: {listed(missing)}")
+    for name, counts in importance.counts.items():
+        if idle := [str(i) for i in np.flatnonzero(counts == 0)]:
+            notes.append(f"{name}: no token was routed to experts {listed(idle)}; give more text")
+    return notes
+
+
+def _key(gguf: Path, chunks: Chunks, n_ctx: int, process_output: bool) -> str:
+    """What a state on disk must agree in to be gone on with."""
+    stat = gguf.stat()
+    parts = (gguf.name, stat.st_size, stat.st_mtime_ns, n_ctx, process_output)
+    return hashlib.sha256(json.dumps(parts).encode() + chunks.tokens.tobytes()).hexdigest()
+
+
+class _State:
+    """The sums of an unfinished run, beside its output: exact, in float64."""
+
+    def __init__(self, dst: Path, key: str):
+        self.path = dst.with_name(dst.name + STATE)
+        self.key = key
+
+    def save(self, collector: Collector, n_chunks: int) -> None:
+        arrays = {f"sums/{n}": a for n, a in collector.sums.items()} | {f"counts/{n}": a for n, a in collector.counts.items()}
+        with replacing(self.path, force=True) as partial, partial.open("wb") as f:
+            np.savez(f, allow_pickle=False, **{"key": np.array(self.key), "chunks": np.array(n_chunks)}, **arrays)
+
+    def load(self, collector: Collector) -> int:
+        """Fill the collector; returns how many chunks it has, 0 when there is no state that fits."""
+        try:
+            with np.load(self.path, allow_pickle=False) as data:
+                if str(data["key"]) != self.key:
+                    return 0
+                collector.sums = {n.removeprefix("sums/"): data[n] for n in data.files if n.startswith("sums/")}
+                collector.counts = {n.removeprefix("counts/"): data[n] for n in data.files if n.startswith("counts/")}
+                return int(data["chunks"])
+        except (OSError, ValueError, KeyError):  # none, or cut short
+            return 0
+
+    def forget(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """One tensor's line of llama-imatrix --show-statistics.
+
+    total, least, most, mean, deviation: of E[x²] over its columns. active: share above 1e-5. entropy: bits. zd: share of
+    columns more than one deviation above the mean. cosine: similarity to the same tensor one layer before; 0 for the first.
+    """
+
+    name: str
+    n: int
+    total: float
+    least: float
+    most: float
+    mean: float
+    deviation: float
+    active: float
+    entropy: float
+    zd: float
+    cosine: float
+
+
+def statistics(importance: Importance) -> list[Statistics]:
+    """Statistics of every tensor, in the file's order. Formulas: llama.cpp tools/imatrix/imatrix.cpp, compute_statistics."""
+    found = []
+    for name, sums in importance.sums.items():
+        counts = importance.counts[name]
+        if not (counts > 0).any():
+            continue
+        means = (sums[counts > 0] / counts[counts > 0, None]).ravel().astype(np.float64)
+        total = means.sum()
+        shares = means[means > 0] / total if total > 0 else np.zeros(0)
+        deviation = float(means.std())
+        found.append(
+            Statistics(
+                name=name,
+                n=means.size,
+                total=float(total),
+                least=float(means.min()),
+                most=float(means.max()),
+                mean=float(means.mean()),
+                deviation=deviation,
+                active=float((means > 1e-5).mean()),
+                entropy=float(-(shares * np.log2(shares)).sum()),
+                zd=float(((means - means.mean()) / deviation > 1).mean()) if deviation > 0 else 0.0,
+                cosine=_cosine(importance, name),
+            )
+        )
+    return found
+
+
+def _cosine(importance: Importance, name: str) -> float:
+    parts = name.split(".")
+    if parts[0] != "blk" or not parts[1].isdecimal():
+        return 0.0
+    before = importance.sums.get(".".join(["blk", str(int(parts[1]) - 1), *parts[2:]]))
+    if before is None:
+        return 0.0
+    a, b = importance.sums[name].ravel().astype(np.float64), before.ravel().astype(np.float64)
+    size = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(a @ b / size) if size else 0.0
