@@ -62,20 +62,20 @@ def convert(
     with tempfile.TemporaryDirectory() as scratch:
         folder = checkpoint.tokenizer(Path(scratch))
         vocab = vocabs.load(folder, checkpoint.config["vocab_size"])
-        if vocab.chat_template is None and format:
-            vocab.chat_template = prompts.named(format).jinja
-        tensors = _plan(checkpoint, target)
-        writer, more_notes = _metadata(checkpoint, vocab, target, tensors, name)
-        total = sum(t.nbytes for t in tensors)
-        done = 0
+    if vocab.chat_template is None and format:
+        vocab.chat_template = prompts.named(format).jinja
+    tensors = _plan(checkpoint, target)
+    writer, more_notes = _metadata(checkpoint, vocab, target, tensors, name)
+    total = sum(t.nbytes for t in tensors)
+    done = 0
 
-        def wrote(n: int) -> None:
-            nonlocal done
-            done += n
-            progress(done, total)
+    def wrote(n: int) -> None:
+        nonlocal done
+        done += n
+        progress(done, total)
 
-        with replacing(dst, force=force, need=total + _META_ROOM) as partial_path:
-            write(partial_path, writer, tensors, wrote)
+    with replacing(dst, force=force, need=total + _META_ROOM) as partial_path:
+        write(partial_path, writer, tensors, wrote)
     return Converted(
         path=dst,
         arch=checkpoint.arch.gguf,

@@ -14,7 +14,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── OutputExists            the destination is there and --force was not given
-└── NoSpace                 the disk or the memory is too small, said before the work starts
+└── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
 """
 
 from collections.abc import Iterable

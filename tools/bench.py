@@ -7,8 +7,10 @@ and the largest. Whole processes are timed, start-up included. --write puts the 
 """
 
 import argparse
+import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -17,10 +19,16 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import reference
+
+from cnq.corpus import peoples_daily
+from cnq.gguf_file import GgufFile
+from cnq.imatrix_file import read_imatrix
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
+IMATRIX_CHUNKS, PPL_CHUNKS = 20, 10  # of 512 tokens
 BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
 
 
@@ -36,26 +44,29 @@ class Row:
     check: str
 
 
-def timed(command: list[str], env: dict[str, str] | None = None) -> float:
+def timed(command: list[str], env: dict[str, str] | None = None, said: Path | None = None) -> float:
+    """Seconds of a whole process; what it prints goes to `said`."""
     started = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | (env or {}))
     seconds = time.perf_counter() - started
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
+    if said:
+        said.write_text(done.stdout, encoding="utf-8")
     return seconds
 
 
-def paired(ours: list[str], theirs: list[str], runs: int, env: dict[str, str]) -> tuple[list[float], tuple[float, float]]:
+def paired(
+    ours: list[str], theirs: list[str], runs: int, env: dict[str, str], said: Path | None = None
+) -> tuple[list[float], tuple[float, float]]:
     """(ratios, (our median, their median)), in turns after one run of each that does not count."""
-    timed(ours), timed(theirs, env)
+    timed(ours, None, said), timed(theirs, env, said and said.with_suffix(".theirs"))
     pairs = [(timed(ours), timed(theirs, env)) for _ in range(runs)]
     medians = statistics.median(a for a, _ in pairs), statistics.median(b for _, b in pairs)
     return [a / b for a, b in pairs], medians
 
 
 def same_tensors(a: Path, b: Path) -> str:
-    from cnq.gguf_file import GgufFile
-
     one, two = GgufFile(a), GgufFile(b)
     if a.read_bytes() == b.read_bytes():
         return "same file, byte for byte"
@@ -74,7 +85,7 @@ def bench(model: str, runs: int) -> list[Row]:
     work = reference.CACHE / "work"
     work.mkdir(exist_ok=True)
     built = ROOT / "models" / model
-    subprocess.run([*cnq, "build", model, "--out", str(built)], check=True)
+    subprocess.run([*cnq, "build", model, "--out", str(built), "--chunks", "0"], check=True)
     checkpoint = built / "hf" if (built / "hf").is_dir() else built / "source"
     (f16,) = built.glob("*-F16.gguf")
     env = {"PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
@@ -86,12 +97,47 @@ def bench(model: str, runs: int) -> list[Row]:
     ratios, seconds = paired(ours, theirs, runs, env)
     rows.append(Row("convert to F16", "convert_hf_to_gguf.py", 0.25, ratios, seconds, same_tensors(mine, its)))
 
+    text = work / "text.txt"
+    text.write_text("\n".join(peoples_daily("held-out").documents)[:400_000], encoding="utf-8")
+    im, its_im = work / "cnq.imatrix.gguf", work / "llama.imatrix.gguf"
+    chunks = ["--chunks", str(IMATRIX_CHUNKS)]
+    ours = [*cnq, "imatrix", str(f16), str(text), "-o", str(im), *chunks, "--force"]
+    theirs = [str(binaries / "llama-imatrix"), "-m", str(f16), "-f", str(text), "-o", str(its_im), *chunks, "--no-ppl"]
+    ratios, seconds = paired(ours, theirs, runs, {})
+    rows.append(
+        Row(f"imatrix, {IMATRIX_CHUNKS} chunks", "llama-imatrix --no-ppl", 0.90, ratios, seconds, same_sums(im, its_im))
+    )
+
     for type in ("Q4_K_M", "Q8_0"):
         ours = [*cnq, "quantize", str(f16), str(mine), "-t", type, "--force"]
         theirs = [str(binaries / "llama-quantize"), str(f16), str(its), type]
         ratios, seconds = paired(ours, theirs, runs, {})
         rows.append(Row(f"quantize to {type}", "llama-quantize", 1.02, ratios, seconds, same_tensors(mine, its)))
+
+    quantized, base, said = work / "q4.gguf", work / "base.kld", work / "evaluation.json"
+    subprocess.run([*cnq, "quantize", str(f16), str(quantized), "-t", "Q4_K_M", "--force"], check=True)
+    chunks = ["--chunks", str(PPL_CHUNKS)]
+    ours = [*cnq, "evaluate", str(quantized), "--against", str(f16), "--text", str(text), *chunks, "--json"]
+    tool = f"{binaries / 'llama-perplexity'} --kl-divergence-base {base}"
+    theirs = ["sh", "-c", f"{tool} -m {f16} -f {text} {' '.join(chunks)} && {tool} -m {quantized} --kl-divergence"]
+    ratios, seconds = paired(ours, theirs, runs, {}, said)
+    check = same_figures(said, said.with_suffix(".theirs"))
+    rows.append(Row(f"PPL and KLD, {PPL_CHUNKS} chunks", "llama-perplexity, twice", 0.85, ratios, seconds, check))
     return rows
+
+
+def same_sums(a: Path, b: Path) -> str:
+    one, two = read_imatrix(a), read_imatrix(b)
+    worst = max(float(np.max(np.abs(one.sums[n] - s) / np.maximum(np.abs(s), 1e-30))) for n, s in two.sums.items())
+    counts = all(np.array_equal(one.counts[n], c) for n, c in two.counts.items())
+    return f"sums within {worst:.0e}, counts {'equal' if counts and one.sums.keys() == two.sums.keys() else 'DIFFER'}"
+
+
+def same_figures(ours: Path, theirs: Path) -> str:
+    found = json.loads(ours.read_text())["models"][0]
+    printed = theirs.read_text()
+    ppl, kld = (float(re.search(p, printed)[1]) for p in (r"Mean PPL\(Q\) +: +(\S+)", r"Mean +KLD: +(\S+)"))  # type: ignore[index]
+    return f"PPL {found['ppl']['value']:.4f} / {ppl:.4f}, KLD {found['against']['kld']['value']:.6f} / {kld:.6f}"
 
 
 def table(model: str, rows: list[Row], runs: int) -> str:

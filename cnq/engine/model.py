@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
@@ -64,8 +63,9 @@ class Model:
 
         Raises GgufError (no GGUF, cut short), EngineError with llama.cpp's words.
         """
-        self.fields = GgufFile(path).fields  # a file that is no GGUF is refused here, before native code sees it
-        _refuse_fatal(path, self.fields)
+        file = GgufFile(path)  # a file that is no GGUF is refused here, before native code sees it
+        _refuse_fatal(file)
+        self.fields = file.fields
         cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
         self._ctx = None
         params = lib.llama_model_default_params()
@@ -240,9 +240,9 @@ class Model:
         del self._seen[keep:]
 
 
-def _refuse_fatal(path: Path, fields: dict[str, Any]) -> None:
+def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
-    arch = fields.get("general.architecture")
+    path, fields, arch = file.path, file.fields, file.arch
     for key, sound, expected in (
         ("block_count", range(1, 513), "1 to 512"),
         ("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "none, linear, yarn or longrope"),
