@@ -23,7 +23,7 @@ quantize: .venv/core ## the whole road: make quantize MODEL=7b TYPES="Q4_K_M Q8_
 
 chat: .venv/core ## talk with what quantize made
 	@$(BIN)/cnq build $(MODEL) $(TYPES:%=-t %)
-	$(BIN)/cnq chat models/$(MODEL)/*-$(lastword $(TYPES)).gguf
+	$(BIN)/cnq chat "$$(ls -t models/$(MODEL)/*-$(lastword $(TYPES))*.gguf | head -1)"
 
 test: .venv/dev ## every test
 	$(BIN)/pytest

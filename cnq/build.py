@@ -1,4 +1,4 @@
-"""The whole road: model → checkpoint → F16 GGUF → importance matrix → quantized GGUFs → Modelfile, resumed where it stopped.
+"""The whole road: checkpoint → F16 GGUF → importance matrix → quantized GGUFs → Modelfile → report, resumed where it stopped.
 
 Beside each output stands <output>.made.json: what it was made from. A step whose record still holds is skipped.
 """
@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,14 +17,17 @@ import psutil
 
 from . import catalog, corpus
 from .convert import convert
-from .corpus import Chunks, peoples_daily
+from .corpus import Chunks, Used, peoples_daily
 from .engine.model import Model
 from .errors import NoSpace
+from .evaluate import evaluate
 from .files import decimal, replacing, require_space, sha256
 from .gguf_file import GgufFile
 from .imatrix import collect
 from .ollama import write_modelfile
 from .quantize import ALIASES, quantize
+from .report import Report, Subject, write_report
+from .speed import measure_speed, this_machine
 from .to_hf import to_hf
 
 RECORD = ".made.json"
@@ -32,7 +35,7 @@ _ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes 
 N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
 
 
-class Report(Protocol):
+class Progress(Protocol):
     """What a build tells while it works."""
 
     def skipped(self, path: Path) -> None: ...
@@ -58,10 +61,13 @@ class Made:
 
 @dataclass(frozen=True)
 class Built:
+    """report: report.json, with report.html and a model card beside it; None when nothing was measured."""
+
     model: str
     files: tuple[Made, ...]
     modelfile: Path
     format: str | None
+    report: Path | None
     question: str
 
     @property
@@ -78,34 +84,39 @@ def build(
     format: str | None = None,
     dtype: str = "f16",
     chunks: int = 100,
+    eval_chunks: int = 40,
     threads: int = 0,
-    report: Report,
+    progress: Progress,
 ) -> Built:
     """Take MODEL the whole road and leave everything in `out` (default: models/<name>).
 
     model: a catalog name, a path or a hub id. types: names of llama.cpp's quantizations. format: of the prompt, for a model
     whose checkpoint has no chat template; default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese
-    text for the importance matrix; 0 = round without one.
+    text for the importance matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure.
     Raises what the steps raise, and NoSpace before the first of them.
     """
     entry = catalog.find(model)
     folder = out or Path("models") / entry.name
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(entry, folder)
-    source = catalog.fetch(entry, folder / "source", report.say)
+    source = catalog.fetch(entry, folder / "source", progress.say)
     if source.is_file():
-        source = _restored(source, folder / "hf", report)
+        source = _restored(source, folder / "hf", progress)
     float_gguf = folder / f"{entry.title}-{dtype.upper()}.gguf"
     template = format or entry.prompt
-    made = [_converted(source, float_gguf, dtype, entry.title, template, report)]
+    made = [_converted(source, float_gguf, dtype, entry.title, template, progress)]
     _require_memory(float_gguf)
-    imatrix = _calibrated(float_gguf, folder / f"{entry.title}.imatrix.gguf", chunks, threads, report) if chunks else None
+    calibrated = _calibrated(float_gguf, folder / f"{entry.title}.imatrix.gguf", chunks, threads, progress) if chunks else None
+    imatrix = calibrated.path if calibrated else None
     for type in types:
-        made.append(_quantized(float_gguf, imatrix, folder, entry.title, type, threads, report))
+        made.append(_quantized(float_gguf, imatrix, folder, entry.title, type, threads, progress))
     modelfile = write_modelfile(made[-1].path, folder / "Modelfile", format=format, force=True)
     for note in modelfile.notes:
-        report.say(note)
-    return Built(entry.name, tuple(made), modelfile.path, modelfile.format, entry.question)
+        progress.say(note)
+    written = None
+    if eval_chunks:
+        written = _reported(entry, made, calibrated, modelfile.format, folder / "report.json", eval_chunks, threads, progress)
+    return Built(entry.name, tuple(made), modelfile.path, modelfile.format, written, entry.question)
 
 
 def _require_room(entry: catalog.Model, folder: Path) -> None:
@@ -126,78 +137,160 @@ def _require_memory(gguf: Path) -> None:
         raise NoSpace(f"{decimal(need)} of memory needed to quantize {gguf.name}, {decimal(free)} free. Close other programs.")
 
 
-def _restored(gguf: Path, folder: Path, report: Report) -> Path:
-    def work() -> tuple[str, ...]:
-        with report.bar(f"{gguf.name} → {folder.name}/", "bytes") as progress:
-            to_hf(gguf, folder, force=True, progress=progress)
-        return ()
+def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
+    def work() -> _Done:
+        with progress.bar(f"{gguf.name} → {folder.name}/", "bytes") as tick:
+            to_hf(gguf, folder, force=True, progress=tick)
+        return _Done()
 
-    _step(folder, [gguf], {}, work, report)
+    _step(folder, [gguf], {}, work, progress)
     return folder
 
 
-def _converted(source: Path, dst: Path, dtype: str, name: str, format: str | None, report: Report) -> Made:
-    def work() -> tuple[str, ...]:
-        with report.bar(f"converting to {dtype.upper()}", "bytes") as progress:
-            return convert(source, dst, dtype=dtype, name=name, format=format, force=True, progress=progress).notes
+def _converted(source: Path, dst: Path, dtype: str, name: str, format: str | None, progress: Progress) -> Made:
+    def work() -> _Done:
+        with progress.bar(f"converting to {dtype.upper()}", "bytes") as tick:
+            return _Done(convert(source, dst, dtype=dtype, name=name, format=format, force=True, progress=tick).notes)
 
     inputs = [f for f in sorted(source.iterdir()) if f.is_file()]
-    seconds, notes = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, report)
-    return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, notes)
+    seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
+    return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
 
-def _calibrated(src: Path, dst: Path, chunks: int, threads: int, report: Report) -> Path:
+@dataclass(frozen=True)
+class _Calibrated:
+    path: Path
+    manifest: tuple[Used, ...]
+    seconds: float | None
+
+
+def _calibrated(src: Path, dst: Path, chunks: int, threads: int, progress: Progress) -> _Calibrated:
     """The importance matrix, from the calibration half of the default corpus."""
 
-    def text(model: Model) -> Chunks:
-        source = peoples_daily("calibration")
+    def work() -> _Done:
+        with progress.bar("calibrating", "chunks") as tick:
+            text = _text("calibration", chunks)
+            found = collect(src, text, dst, n_ctx=N_CTX, threads=threads, force=True, progress=tick)
+        return _Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
+
+    seconds, done = _step(dst, [src], {"chunks": chunks, "n_ctx": N_CTX}, work, progress)
+    return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
+
+
+def _text(split: corpus.Split, n_chunks: int) -> Callable[[Model], Chunks]:
+    """What cuts one half of the default corpus with a model's own tokenizer."""
+
+    def cut(model: Model) -> Chunks:
         tokenize = partial(model.tokenize, add_special=True, parse_special=False)
-        return corpus.chunks([source], tokenize, N_CTX, chunks, "calibration")
+        return corpus.chunks([peoples_daily(split)], tokenize, N_CTX, n_chunks, split)
 
-    def work() -> tuple[str, ...]:
-        with report.bar("calibrating", "chunks") as progress:
-            return collect(src, text, dst, n_ctx=N_CTX, threads=threads, force=True, progress=progress).notes
+    return cut
 
-    _step(dst, [src], {"chunks": chunks, "n_ctx": N_CTX}, work, report)
+
+def _reported(
+    entry: catalog.Model,
+    made: list[Made],
+    calibrated: _Calibrated | None,
+    format: str | None,
+    dst: Path,
+    n_chunks: int,
+    threads: int,
+    progress: Progress,
+) -> Path:
+    """Measure every quantized file against the float one, time them, and write the report."""
+    base, *quantized = made
+
+    def work() -> _Done:
+        with progress.bar("measuring", "chunks") as tick:
+            found = evaluate(
+                [m.path for m in quantized],
+                _text("held-out", n_chunks),
+                base=base.path,
+                n_ctx=N_CTX,
+                threads=threads,
+                progress=tick,
+            )
+        with progress.bar("timing", "files") as tick:
+            speeds = []
+            for i, m in enumerate(made, 1):
+                speeds.append(measure_speed(m.path, threads=threads))
+                tick(i, len(made))
+        measured = [found.base, *found.models]
+        subjects = [
+            Subject(m.path, m.type, m.path.stem.endswith("-im"), measure, speed)
+            for m, measure, speed in zip(made, measured, speeds, strict=True)
+        ]
+        took = {m.path.name: m.seconds for m in made} | {"importance matrix": calibrated and calibrated.seconds}
+        write_report(
+            Report(
+                title=entry.title,
+                base=subjects[0],
+                subjects=tuple(subjects[1:]),
+                n_ctx=found.n_ctx,
+                n_chunks=found.n_chunks,
+                n_scored=found.n_scored,
+                held_out=found.manifest,
+                calibration=calibrated.manifest if calibrated else (),
+                imatrix=calibrated.path if calibrated else None,
+                format=format,
+                licence=entry.licence,
+                source=entry.hub or entry.wheel or (entry.path.name if entry.path else None),
+                versions=_versions(),
+                machine=this_machine(),
+                seconds={k: v for k, v in took.items() if v} | {"measuring": found.seconds},
+            ),
+            dst.parent,
+        )
+        return _Done()
+
+    inputs = [m.path for m in made] + ([calibrated.path] if calibrated else [])
+    _step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
     return dst
 
 
-def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, report: Report) -> Made:
+def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, progress: Progress) -> Made:
     type = ALIASES.get(type.upper(), type.upper())
     imatrix = None if type in _ROUNDED_ALIKE else imatrix
     dst = folder / f"{title}-{type}{'-im' if imatrix else ''}.gguf"
 
-    def work() -> tuple[str, ...]:
-        with report.bar(f"quantizing to {type}", "tensors") as progress:
-            done = quantize(
-                src, dst, type, imatrix=imatrix, threads=threads, force=True, progress=lambda _, i, n: progress(i, n)
-            )
-            return done.notes
+    def work() -> _Done:
+        with progress.bar(f"quantizing to {type}", "tensors") as tick:
+            found = quantize(src, dst, type, imatrix=imatrix, threads=threads, force=True, progress=lambda _, i, n: tick(i, n))
+            return _Done(found.notes)
 
     inputs = [src, imatrix] if imatrix else [src]
-    seconds, notes = _step(dst, inputs, {"type": type}, work, report)
-    return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, notes)
+    seconds, done = _step(dst, inputs, {"type": type}, work, progress)
+    return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What a step leaves in its record besides: notes for the user, facts for later steps."""
+
+    notes: tuple[str, ...] = ()
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def _step(
-    output: Path, inputs: list[Path], options: dict[str, Any], work: Callable[[], tuple[str, ...]], report: Report
-) -> tuple[float | None, tuple[str, ...]]:
-    """Do the work unless its output is up to date: (seconds, notes); seconds None = skipped, notes then the record's."""
+    output: Path, inputs: list[Path], options: dict[str, Any], work: Callable[[], _Done], progress: Progress
+) -> tuple[float | None, _Done]:
+    """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded."""
     if (record := _current_record(output, inputs, options)) is not None:
-        report.skipped(output)
-        return None, tuple(record["notes"])
+        progress.skipped(output)
+        return None, _Done(tuple(record["notes"]), record["facts"])
     started = time.perf_counter()
-    notes = work()
+    done = work()
     content = {
         "inputs": {p.name: {"stamp": _stamp(p), "sha256": sha256(p)} for p in inputs},
         "options": options,
         "versions": _versions(),
-        "notes": notes,
+        "notes": done.notes,
+        "facts": done.facts,
         "output": _stamp(output),
     }
     with replacing(_record_path(output), force=True) as partial:
         partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    return time.perf_counter() - started, notes
+    return time.perf_counter() - started, done
 
 
 # Records

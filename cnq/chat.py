@@ -78,7 +78,8 @@ def open_chat(
     """
     file = GgufFile(gguf)
     style = style_of(file.fields, gguf, format)
-    trained = file.fields.get(f"{file.arch}.context_length", MAX_CTX)
+    trained = file.fields.get(f"{file.arch}.context_length")
+    trained = trained if isinstance(trained, int) else MAX_CTX
     with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads) as model:
         yield Chat(model, style, system)
 

@@ -56,11 +56,12 @@ def cli() -> None:
 @FORMAT
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
 @click.option("--chunks", type=click.IntRange(0), default=100, show_default=True, help="Of the importance matrix; 0 = without.")
+@click.option("--eval-chunks", type=click.IntRange(0), default=40, show_default=True, help="To measure on; 0 = do not measure.")
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS
 @JSON
 def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None:
-    """Take MODEL the whole road: download, convert, calibrate, quantize, write a Modelfile.
+    """Take MODEL the whole road: download, convert, calibrate, quantize, measure, report.
 
     MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
 
@@ -71,7 +72,7 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
     """
     from .build import build
 
-    result = build(model, report=terminal.Progress(quiet=as_json), **options)
+    result = build(model, progress=terminal.Progress(quiet=as_json), **options)
     terminal.emit(result, as_json, terminal.show_built)
     if prompt is not None and not as_json:
         from .chat import open_chat

@@ -62,13 +62,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    out = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    out = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for i, title in enumerate(head):
         number = all(row[i][:1].isdigit() or not row[i] for row in rows) and any(row[i] for row in rows)
         out.add_column(title, justify="right" if number else "left", overflow="fold")
     for row in rows:
         out.add_row(*row)
-    Console(highlight=False).print(out)
+    Console(highlight=False, markup=False).print(out)
 
 
 def show_models(entries: list["Model"]) -> None:
@@ -91,8 +91,25 @@ def show_built(result: "Built") -> None:
     table(("file", "type", "bits/weight", "size", "seconds"), [row(m) for m in result.files])
     for note in dict.fromkeys(note for made in result.files for note in made.notes):
         click.echo(f"note: {note}")
+    if result.report:
+        show_quality(json.loads(result.report.read_text(encoding="utf-8")))
+        click.echo(f"report  {result.report.with_suffix('.html')}")
     click.echo(f"chat    cnq chat {result.result}")
     click.echo(f"Ollama  ollama create {result.model} -f {result.modelfile}")
+
+
+def show_quality(report: dict[str, Any]) -> None:
+    """The table of a report.json: what was lost, and how fast each file runs."""
+    rows = []
+    for f in [report["base"], *report["files"]]:
+        m, speed = f["measured"], f["speed"]
+        loss = m["against"]
+        kld = f"{loss['kld']['value']:.4f} ± {loss['kld']['error']:.4f}" if loss else ""
+        top = f"{loss['same_top']['value']:.1f} %" if loss else ""
+        name = f["type"] + ("-im" if f["imatrix"] else "")
+        ppl, bits = f"{m['ppl']['value']:.2f}", f"{m['bits_per_byte']:.3f}"
+        rows.append((name, ppl, bits, kld, top, f"{speed['decode']:.0f}", f"{speed['prefill']:.0f}", size(speed["ram"])))
+    table(("type", "PPL", "bits/byte", "KLD", "same top", "tok/s", "prefill", "RAM"), rows)
 
 
 def show_plan(plan: "Plan") -> None:

@@ -35,7 +35,7 @@ def model(tmp_path) -> Path:
 
 def run(model, out, types=("Q4_K_M",), **options):
     report = Silent()
-    return build(str(model), types, out=out, report=report, **({"chunks": 0} | options)), report.kept
+    return build(str(model), types, out=out, progress=report, **({"chunks": 0, "eval_chunks": 0} | options)), report.kept
 
 
 def test_the_road_makes_every_file(model, tmp_path):
@@ -56,6 +56,21 @@ def test_with_calibration_the_files_are_named_im_and_the_matrix_is_kept(model, t
     assert "People's Daily" in read_imatrix(out / "my-model.imatrix.gguf").datasets[0]
     _, kept = run(model, out, ("Q5_K_M",), chunks=2)
     assert kept == ["my-model-F16.gguf", "my-model.imatrix.gguf"]
+
+
+def test_the_report_is_written_and_kept(model, tmp_path):
+    out = tmp_path / "out"
+    built, _ = run(model, out, chunks=2, eval_chunks=2)
+    report = json.loads(built.report.read_text())
+    (file,) = report["files"]
+    assert (file["file"], file["imatrix"]) == ("my-model-Q4_K_M-im.gguf", True)
+    assert file["measured"]["against"]["kld"]["value"] > 0
+    assert file["speed"]["decode"] > 0
+    assert {u["split"] for u in report["calibration"] + report["evaluation"]["held_out"]} == {"calibration", "held-out"}
+    assert "<html" in (out / "report.html").read_text()
+    again, kept = run(model, out, chunks=2, eval_chunks=2)
+    assert kept[-1] == "report.json"
+    assert again.report == built.report
 
 
 def test_a_second_run_makes_nothing_again(model, tmp_path):
@@ -121,7 +136,7 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(moment, tmp_pa
     )  # fmt: skip
     want = {m.path.name: m.path.read_bytes() for m in run(model, tmp_path / "undisturbed")[0].files}
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "cnq", "build", str(model), "--out", str(out), "--chunks", "0"]
+    command = [sys.executable, "-m", "cnq", "build", str(model), "--out", str(out), "--chunks", "0", "--eval-chunks", "0"]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     while child.poll() is None and not (out / moment).exists():
         pass
@@ -133,10 +148,11 @@ def test_killed_at_any_moment_the_next_run_ends_in_the_same_bytes(moment, tmp_pa
 
 
 def test_the_command_prints_a_table_and_an_answer(model, tmp_path):
-    arguments = ["build", str(model), "--out", str(tmp_path / "out"), "--chunks", "2", "--prompt", "你好"]
+    arguments = ["build", str(model), "--out", str(tmp_path / "out"), "--chunks", "2", "--eval-chunks", "2", "--prompt", "你好"]
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     assert "bits/weight" in result.output
     assert ">>> 你好" in result.output
+    assert "same top" in result.output
     as_json = json.loads(CliRunner().invoke(cli, [*arguments[:-2], "--json"]).stdout)
     assert [f["type"] for f in as_json["files"]] == ["F16", "Q4_K_M"]

@@ -1,0 +1,184 @@
+"""How fast a GGUF runs here and how much memory it takes: tokens a second of a prompt, of an answer, and peak memory.
+
+The model runs in a process of its own, so that the memory is that model's alone and a crash of native code becomes one error.
+The parent writes one JSON request to the child's stdin and keeps it open: its end tells the child that the parent is gone.
+"""
+
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from .errors import CnqError, EngineError
+from .gguf_file import GgufFile
+
+_SEED = 0  # the same prompt every time
+
+
+@dataclass(frozen=True)
+class Machine:
+    """cores: physical ones. memory: bytes."""
+
+    cpu: str
+    cores: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class Speed:
+    """prefill, decode: tokens a second. ram: bytes, the most that was resident at any time.
+
+    ram counts the whole process: Python with cnq and llama.cpp, the pages of the file that were read (they are mapped, and
+    go back to the system when it needs them), a context of n_prompt tokens, and llama.cpp's own buffers.
+    """
+
+    prefill: float
+    decode: float
+    ram: int
+    n_prompt: int
+    n_gen: int
+    threads: int
+
+
+def this_machine() -> Machine:
+    return Machine(_cpu(), psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, psutil.virtual_memory().total)
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    if sys.platform == "darwin":
+        with suppress(OSError):
+            named = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
+            return subprocess.run(named, capture_output=True, text=True).stdout.strip() or platform.machine()
+    return platform.processor() or platform.machine()
+
+
+def measure_speed(gguf: Path, *, n_prompt: int = 512, n_gen: int = 32, threads: int = 0) -> Speed:
+    """Run random tokens through `gguf`, as llama-bench's pp and tg tests do: after one token to warm up, `n_prompt` tokens
+    in one pass, then `n_gen` tokens one by one from an empty context.
+
+    threads: 0 = physical cores. A model with a shorter context gets a shorter prompt; Speed says how long it was.
+    Raises GgufError, and EngineError with llama.cpp's words, or the signal that killed it.
+    """
+    GgufFile(gguf)  # what is no GGUF is refused here, by name
+    request = {"gguf": str(gguf), "n_prompt": n_prompt, "n_gen": n_gen, "threads": threads}
+    child = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
+    )
+    assert child.stdin and child.stdout and child.stderr
+    errors: list[str] = []
+    reader = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
+    reader.start()
+    try:
+        with suppress(BrokenPipeError):  # it is dead already: its exit code will tell
+            child.stdin.write(json.dumps(request) + "\n")
+            child.stdin.flush()
+        line = child.stdout.readline()
+        child.wait()
+    finally:
+        child.kill()
+        child.wait()
+        reader.join()
+        for stream in (child.stdin, child.stdout, child.stderr):
+            with suppress(BrokenPipeError):
+                stream.close()
+    if child.returncode < 0:
+        name = signal.Signals(-child.returncode).name
+        raise EngineError(f"{gguf} was not timed: llama.cpp was ended by {name}. {''.join(errors[-1:]).strip()}".strip())
+    answer = json.loads(line) if line.endswith("\n") else {}
+    if "speed" in answer:
+        return Speed(**answer["speed"])
+    told = answer.get("failure") or " ".join("".join(errors[-3:]).split()) or f"it ended with {child.returncode}, unanswered."
+    raise EngineError(f"{gguf} was not timed: {told}")
+
+
+# The child's side
+
+
+def _measure(gguf: str, n_prompt: int, n_gen: int, threads: int) -> Speed:
+    import numpy as np
+
+    from .engine.model import Model, Sampling
+
+    path = Path(gguf)
+    file = GgufFile(path)
+    trained = file.fields.get(f"{file.arch}.context_length")
+    if isinstance(trained, int) and trained > 1:
+        n_prompt, n_gen = min(n_prompt, trained - 1), min(n_gen, trained - 1)  # room for the token after
+    n_threads = threads or psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    greedy = Sampling(temperature=0, repeat_penalty=1)
+    n_ctx = max(n_prompt, n_gen) + 1
+    with Model(path, n_ctx=n_ctx, n_batch=n_prompt, n_threads=n_threads) as model:
+        ids = np.random.default_rng(_SEED).integers(0, model.n_vocab, n_ctx).tolist()
+        model.logits(ids[:1])  # brings the file into memory, and forgets
+        started = time.perf_counter()
+        next(model.generate(ids[:n_prompt], greedy, 1), None)  # computed when the first token of an answer is there
+        prefill = n_prompt / (time.perf_counter() - started)
+        model.logits(ids[:1])
+        started = time.perf_counter()
+        for n in range(n_gen):  # each prompt is the last and one token more, and only that one is computed
+            next(model.generate(ids[: n + 1], greedy, 1), None)
+        decode = n_gen / (time.perf_counter() - started)
+    return Speed(prefill, decode, _peak(), n_prompt, n_gen, n_threads)
+
+
+def _peak() -> int:
+    """Bytes of this process that were resident at its peak.
+
+    On Linux not getrusage: its ru_maxrss survives exec, so that a child of a large parent reports the parent's peak.
+    """
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # the others count in KiB
+
+
+def _die_with_parent() -> None:
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def _main() -> None:
+    # Native code prints to stdout now and then: the answer gets a descriptor of its own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    line = sys.stdin.readline()
+    if not line:
+        sys.exit(1)  # the parent is gone
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    answer: dict[str, Any]
+    try:
+        answer = {"speed": asdict(_measure(**json.loads(line)))}
+    except CnqError as error:
+        answer = {"failure": str(error)}
+    print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    _main()
