@@ -292,13 +292,19 @@ def to_hf_command(as_json: bool, **options: Any) -> None:
 @click.argument("gguf", type=FILE)
 @JSON
 def inspect(gguf: Path, as_json: bool) -> None:
-    """Show what is in a GGUF.
+    """Show what is in a GGUF; of an importance matrix, the statistics of each tensor's inputs.
 
     \b
+    cnq inspect models/tiny/SmolLM2-135M-Instruct.imatrix.gguf
     cnq inspect models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
     """
+    from .imatrix_file import is_imatrix, read_imatrix
+    from .imatrix_stats import statistics
     from .inspection import inspect
 
+    if is_imatrix(gguf):
+        terminal.emit(statistics(read_imatrix(gguf)), as_json, terminal.show_statistics)
+        return
     terminal.emit(inspect(gguf), as_json, terminal.show_inspected)
 
 

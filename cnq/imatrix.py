@@ -43,7 +43,7 @@ class Collected:
 class Collector:
     """Sums over the inputs of matrix products, fed by the evaluation callback.
 
-    wanted: names of the weights. sums: name -> (n_mat, n_cols) float64; counts: name -> (n_mat,) int64 tokens.
+    wanted: names of the weights. sums, inputs: name -> (n_mat, n_cols) float64, Σx² and Σx; counts: name -> (n_mat,) tokens.
     """
 
     def __init__(self, file: GgufFile, process_output: bool):
@@ -51,13 +51,14 @@ class Collector:
         self.wanted = set(names) | ({"output.weight"} & file.tensors.keys() if process_output else set())
         self.file = file
         self.sums: dict[str, np.ndarray] = {}
+        self.inputs: dict[str, np.ndarray] = {}
         self.counts: dict[str, np.ndarray] = {}
         self._mul_mat, self._mul_mat_id = ggml.op("MUL_MAT"), ggml.op("MUL_MAT_ID")
         self._checked = False
         self._seen: set[str] = set()  # in this pass
         self._needed: set[str] | None = None  # what a whole pass meets; known after the first chunk
-        # The last input (its address as a graph node, since memory is recycled), and its squares summed over the tokens.
-        self._shared: tuple[int, np.ndarray] | None = None
+        # The last input (its address as a graph node, since memory is recycled), its squares and itself summed over the tokens.
+        self._shared: tuple[int, np.ndarray, np.ndarray] | None = None
 
     def begin(self) -> None:
         """A new chunk."""
@@ -95,23 +96,25 @@ class Collector:
         x = ggml.array(inputs).reshape(-1, inputs.ne[0])  # (tokens, columns)
         node = ctypes.addressof(inputs)
         if self._shared is None or self._shared[0] != node:
-            self._shared = node, np.einsum("ij,ij->j", x, x)
-        self._add(name, self._shared[1][None], np.array([len(x)]))
+            self._shared = node, np.einsum("ij,ij->j", x, x), x.sum(0)
+        _, squares, total = self._shared
+        self._add(name, squares[None], total[None], np.array([len(x)]))
 
     def _experts(self, name: str, weight: ggml.Tensor, inputs: ggml.Tensor, ids: ggml.Tensor) -> None:
         x = ggml.array(inputs)[0]  # (tokens, 1 or experts used, columns)
         chosen = ggml.array(ids, np.int32)[0, 0]  # (tokens, experts used)
         n_mat, columns = weight.ne[2], x.shape[-1]
-        sums, counts = np.zeros((n_mat, columns)), np.zeros(n_mat, np.int64)
+        sums, total, counts = np.zeros((n_mat, columns)), np.zeros((n_mat, columns)), np.zeros(n_mat, np.int64)
         for expert in range(n_mat):
             token, slot = np.nonzero(chosen == expert)
             rows = x[token, slot % x.shape[1]]
             sums[expert] = np.einsum("ij,ij->j", rows, rows)
+            total[expert] = rows.sum(0)
             counts[expert] = len(rows)
         self._shared = None
-        self._add(name, sums, counts)
+        self._add(name, sums, total, counts)
 
-    def _add(self, name: str, sums: np.ndarray, counts: np.ndarray) -> None:
+    def _add(self, name: str, sums: np.ndarray, inputs: np.ndarray, counts: np.ndarray) -> None:
         if not np.isfinite(sums).all():
             raise EngineError(
                 f"{name}: its inputs are not finite. The model overflows float16, or is damaged: "
@@ -119,9 +122,11 @@ class Collector:
             )
         if name in self.sums:
             self.sums[name] += sums
+            self.inputs[name] += inputs
             self.counts[name] += counts
         else:
-            self.sums[name], self.counts[name] = sums.astype(np.float64), counts.astype(np.int64)
+            self.sums[name], self.inputs[name] = sums.astype(np.float64), inputs.astype(np.float64)
+            self.counts[name] = counts.astype(np.int64)
 
     def importance(self, datasets: tuple[str, ...], n_chunks: int, chunk_size: int) -> Importance:
         return Importance(
@@ -130,6 +135,7 @@ class Collector:
             datasets,
             n_chunks,
             chunk_size,
+            {name: self.inputs[name].astype(np.float32) for name in sorted(self.sums)},
         )
 
 
@@ -223,7 +229,8 @@ class _State:
         self.key = key
 
     def save(self, collector: Collector, n_chunks: int) -> None:
-        arrays = {f"sums/{n}": a for n, a in collector.sums.items()} | {f"counts/{n}": a for n, a in collector.counts.items()}
+        kinds = {"sums": collector.sums, "inputs": collector.inputs, "counts": collector.counts}
+        arrays = {f"{kind}/{name}": array for kind, found in kinds.items() for name, array in found.items()}
         with replacing(self.path, force=True) as partial, partial.open("wb") as f:
             np.savez(f, allow_pickle=False, **{"key": np.array(self.key), "chunks": np.array(n_chunks)}, **arrays)
 
@@ -233,73 +240,12 @@ class _State:
             with np.load(self.path, allow_pickle=False) as data:
                 if str(data["key"]) != self.key:
                     return 0
-                collector.sums = {n.removeprefix("sums/"): data[n] for n in data.files if n.startswith("sums/")}
-                collector.counts = {n.removeprefix("counts/"): data[n] for n in data.files if n.startswith("counts/")}
+                for kind in ("sums", "inputs", "counts"):
+                    found = {n.removeprefix(f"{kind}/"): data[n] for n in data.files if n.startswith(f"{kind}/")}
+                    setattr(collector, kind, found)
                 return int(data["chunks"])
         except (OSError, ValueError, KeyError):  # none, or cut short
             return 0
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """One tensor's line of llama-imatrix --show-statistics.
-
-    total, least, most, mean, deviation: of E[x²] over its columns. active: share above 1e-5. entropy: bits. zd: share of
-    columns more than one deviation above the mean. cosine: similarity to the same tensor one layer before; 0 for the first.
-    """
-
-    name: str
-    n: int
-    total: float
-    least: float
-    most: float
-    mean: float
-    deviation: float
-    active: float
-    entropy: float
-    zd: float
-    cosine: float
-
-
-def statistics(importance: Importance) -> list[Statistics]:
-    """Statistics of every tensor, in the file's order. Formulas: llama.cpp tools/imatrix/imatrix.cpp, compute_statistics."""
-    found = []
-    for name, sums in importance.sums.items():
-        counts = importance.counts[name]
-        if not (counts > 0).any():
-            continue
-        means = (sums[counts > 0] / counts[counts > 0, None]).ravel().astype(np.float64)
-        total = means.sum()
-        shares = means[means > 0] / total if total > 0 else np.zeros(0)
-        deviation = float(means.std())
-        found.append(
-            Statistics(
-                name=name,
-                n=means.size,
-                total=float(total),
-                least=float(means.min()),
-                most=float(means.max()),
-                mean=float(means.mean()),
-                deviation=deviation,
-                active=float((means > 1e-5).mean()),
-                entropy=float(-(shares * np.log2(shares)).sum()),
-                zd=float(((means - means.mean()) / deviation > 1).mean()) if deviation > 0 else 0.0,
-                cosine=_cosine(importance, name),
-            )
-        )
-    return found
-
-
-def _cosine(importance: Importance, name: str) -> float:
-    parts = name.split(".")
-    if parts[0] != "blk" or not parts[1].isdecimal():
-        return 0.0
-    before = importance.sums.get(".".join(["blk", str(int(parts[1]) - 1), *parts[2:]]))
-    if before is None:
-        return 0.0
-    a, b = importance.sums[name].ravel().astype(np.float64), before.ravel().astype(np.float64)
-    size = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / size) if size else 0.0

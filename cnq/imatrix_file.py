@@ -5,7 +5,7 @@ Formats: llama.cpp tools/imatrix/imatrix.cpp, common/imatrix-loader.cpp (vendore
 
 import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from .errors import GgufError, listed
 from .gguf_file import F32, MAGIC, GgufFile, Planned, write
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+INPUTS = ".in_sum"  # proposed in ggml-org/llama.cpp pull request 14891; readers that do not know it pass it over
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Importance:
 
     sums: weight name -> (n_mat, n_cols) float32, Σx² over the tokens seen; n_mat is 1, or the number of experts.
     counts: weight name -> (n_mat,) float32, tokens seen. The legacy form gives passes instead, and sums scaled alike.
+    inputs: weight name -> (n_mat, n_cols) float32, Σx; empty where a file does not have it.
     """
 
     sums: dict[str, np.ndarray]
@@ -31,6 +33,7 @@ class Importance:
     datasets: tuple[str, ...]
     n_chunks: int
     chunk_size: int
+    inputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     def means(self) -> dict[str, np.ndarray]:
         """Weight name -> flat float32 E[x²], what llama.cpp weighs rounding errors with; 1 for an expert never routed to."""
@@ -38,6 +41,11 @@ class Importance:
             name: np.where(counts[:, None] > 0, sums / np.maximum(counts, 1)[:, None], np.float32(1)).ravel()
             for (name, sums), counts in zip(self.sums.items(), self.counts.values(), strict=True)
         }
+
+
+def is_imatrix(path: Path) -> bool:
+    """Whether a file is an importance matrix by its own word, or by the .dat of its name."""
+    return path.suffix == ".dat" or GgufFile(path).fields.get("general.type") == "imatrix"
 
 
 def read_imatrix(path: Path) -> Importance:
@@ -51,6 +59,7 @@ def read_imatrix(path: Path) -> Importance:
         raise GgufError(f"{path} is empty. Compute the importance matrix again.")
     importance = _read_gguf(path) if start == MAGIC else _read_dat(path)
     bad = [name for name, sums in importance.sums.items() if not (np.isfinite(sums).all() and (sums >= 0).all())]
+    bad += [name for name, inputs in importance.inputs.items() if not np.isfinite(inputs).all()]
     bad += [name for name, counts in importance.counts.items() if not (np.isfinite(counts).all() and (counts >= 0).all())]
     if bad:
         raise GgufError(f"{path}: not finite or negative for {listed(bad)}. Compute the importance matrix again.")
@@ -76,8 +85,13 @@ def _read_gguf(path: Path) -> Importance:
             raise GgufError(f"{path}: sums and counts of {name} do not fit together. Compute the importance matrix again.")
         sums[name] = total.data.reshape(seen.data.size, -1)
         counts[name] = np.rint(seen.data.ravel())
+    inputs = {
+        name: t.data.reshape(sums[name].shape)
+        for name in names
+        if name + INPUTS in file.tensors and (t := file.tensor(name + INPUTS)).type == F32 and t.data.size == sums[name].size
+    }
     datasets, n_chunks, chunk_size = (file.fields[f"imatrix.{key}"] for key in ("datasets", "chunk_count", "chunk_size"))
-    return Importance(sums, counts, tuple(map(str, datasets)), n_chunks, chunk_size)
+    return Importance(sums, counts, tuple(map(str, datasets)), n_chunks, chunk_size, inputs)
 
 
 def _read_dat(path: Path) -> Importance:
@@ -140,9 +154,9 @@ def merged(one: Importance, other: Importance) -> Importance:
         return {n: a[n] + b[n] if n in a and n in b else a.get(n, b.get(n)) for n in names}  # type: ignore[misc]
 
     datasets = (*one.datasets, *(d for d in other.datasets if d not in one.datasets))
-    return Importance(
-        added(one.sums, other.sums), added(one.counts, other.counts), datasets, one.n_chunks + other.n_chunks, one.chunk_size
-    )
+    inputs = {n: one.inputs[n] + other.inputs[n] for n in names if n in one.inputs and n in other.inputs}
+    n_chunks = one.n_chunks + other.n_chunks
+    return Importance(added(one.sums, other.sums), added(one.counts, other.counts), datasets, n_chunks, one.chunk_size, inputs)
 
 
 def write_gguf(path: Path, importance: Importance) -> None:
@@ -155,7 +169,9 @@ def write_gguf(path: Path, importance: Importance) -> None:
     tensors = []
     for name, sums in importance.sums.items():
         counts = importance.counts[name][:, None]
-        for suffix, data in ((SUMS, sums), (COUNTS, counts)):
+        for suffix, data in ((SUMS, sums), (COUNTS, counts), (INPUTS, importance.inputs.get(name))):
+            if data is None:
+                continue
             tensors.append(Planned(name + suffix, F32, data.shape, partial(_once, np.ascontiguousarray(data, np.float32))))
     write(path, writer, tensors, lambda n: None)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .corpus import Used
     from .evaluate import Evaluation
     from .imatrix import Collected
+    from .imatrix_stats import Statistics
     from .inspection import Inspected
     from .quantize import Plan
 
@@ -56,8 +57,8 @@ def size(n: int | None) -> str:
     return decimal(n) if n is not None else ""
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns; those that hold numbers only are flush right."""
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int = 0) -> None:
+    """Print columns; those that hold numbers only are flush right. width: at least so many, whatever the terminal has."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -68,7 +69,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         out.add_column(title, justify="right" if number else "left", overflow="fold")
     for row in rows:
         out.add_row(*row)
-    Console(highlight=False, markup=False).print(out)
+    console = Console(highlight=False, markup=False)
+    console.width = max(console.width, width)
+    console.print(out)
 
 
 def show_models(entries: list["Model"]) -> None:
@@ -104,7 +107,7 @@ def show_quality(report: dict[str, Any]) -> None:
     for f in [report["base"], *report["files"]]:
         m, speed = f["measured"], f["speed"]
         loss = m["against"]
-        kld = f"{loss['kld']['value']:.4f} ± {loss['kld']['error']:.4f}" if loss else ""
+        kld = f"{loss['kld']['value']:.4f}±{loss['kld']['error']:.4f}" if loss else ""
         top = f"{loss['same_top']['value']:.1f} %" if loss else ""
         name = f["type"] + ("-im" if f["imatrix"] else "")
         ppl, bits = f"{m['ppl']['value']:.2f}", f"{m['bits_per_byte']:.3f}"
@@ -147,6 +150,16 @@ def show_collected(found: "Collected") -> None:
     if found.resumed:
         click.echo(f"{found.resumed} chunks were taken over from the run before")
     show_manifest(found.manifest)
+
+
+def show_statistics(found: list["Statistics"]) -> None:
+    """Of E[x²] over a tensor's columns; cos = likeness to the layer before."""
+    rows = []
+    for s in found:
+        sizes = (f"{x:.4g}" for x in (s.total, s.most, s.mean, s.deviation))
+        shares = (f"{100 * s.active:.1f} %", f"{s.entropy:.2f}", f"{100 * s.zd:.1f} %", f"{s.cosine:.4f}")
+        rows.append((s.name.removesuffix(".weight"), *sizes, *shares))
+    table(("tensor", "Σ", "max", "μ", "σ", "active", "entropy", "ZD", "cos"), rows, width=100)
 
 
 def show_manifest(manifest: Sequence["Used"]) -> None:

@@ -13,8 +13,9 @@ from cnq.corpus import Source, chunks
 from cnq.engine.model import Model
 from cnq.errors import EngineError, GgufError
 from cnq.gguf_file import GgufFile
-from cnq.imatrix import STATE, Collector, collect, statistics
+from cnq.imatrix import STATE, Collector, collect
 from cnq.imatrix_file import read_imatrix
+from cnq.imatrix_stats import statistics
 from cnq.quantize import quantize
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "tools.json").read_text())["imatrix"]
@@ -75,7 +76,9 @@ def test_the_sums_are_the_squares_of_the_inputs(f16, tmp_path):
     x = file.tensor("token_embd.weight").float32()[made.ravel()].astype(np.float64)
     x /= np.sqrt((x**2).mean(1, keepdims=True) + 1e-5)
     x *= file.tensor("blk.0.attn_norm.weight").float32()
-    assert np.allclose(read_imatrix(tmp_path / "im.gguf").sums["blk.0.attn_q.weight"][0], (x**2).sum(0), rtol=1e-4)
+    importance = read_imatrix(tmp_path / "im.gguf")
+    assert np.allclose(importance.sums["blk.0.attn_q.weight"][0], (x**2).sum(0), rtol=1e-4)
+    assert np.allclose(importance.inputs["blk.0.attn_q.weight"][0], x.sum(0), atol=1e-3)
 
 
 def test_a_pass_ends_after_the_last_matrix_asked_for(f16):
@@ -191,7 +194,8 @@ def test_experts_are_counted_one_by_one(tmp_path):
     name = "blk.0.ffn_up_exps.weight"
     counts = importance.counts[name]
     assert counts.sum() == 2 * ids.size
-    assert importance.sums[name].shape == (4, 64)
+    assert importance.sums[name].shape == importance.inputs[name].shape == (4, 64)
+    assert np.allclose(importance.inputs[name].sum(0), 2 * importance.inputs["blk.0.ffn_gate_inp.weight"][0], atol=1e-3)
     assert np.array_equal(counts, importance.counts["blk.0.ffn_down_exps.weight"])
     # every token's input, counted once for each of its two experts, is the dense input of the router
     router = importance.sums["blk.0.ffn_gate_inp.weight"][0]
@@ -224,6 +228,17 @@ def test_statistics_follow_their_definitions(f16, tmp_path):
     assert s.entropy == pytest.approx(-(mean / mean.sum() * np.log2(mean / mean.sum())).sum())
     assert found["blk.0.attn_q.weight"].cosine == 0
     assert 0 < s.cosine <= 1
+
+
+def test_inspect_shows_the_statistics(f16, tmp_path):
+    run(f16, tmp_path / "im.gguf")
+    run(f16, tmp_path / "im.dat", legacy=True)
+    for path in (tmp_path / "im.gguf", tmp_path / "im.dat"):
+        shown = CliRunner().invoke(cli, ["inspect", str(path)])
+        assert shown.exit_code == 0, shown.output
+        assert "blk.1.ffn_down " in shown.output
+        rows = json.loads(CliRunner().invoke(cli, ["inspect", str(path), "--json"]).stdout)
+        assert len(rows) == 14
 
 
 def test_the_command(f16, tmp_path):

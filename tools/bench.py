@@ -85,7 +85,7 @@ def bench(model: str, runs: int) -> list[Row]:
     work = reference.CACHE / "work"
     work.mkdir(exist_ok=True)
     built = ROOT / "models" / model
-    subprocess.run([*cnq, "build", model, "--out", str(built), "--chunks", "0"], check=True)
+    subprocess.run([*cnq, "build", model, "--out", str(built), "--chunks", "0", "--eval-chunks", "0"], check=True)
     checkpoint = built / "hf" if (built / "hf").is_dir() else built / "source"
     (f16,) = built.glob("*-F16.gguf")
     env = {"PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
