@@ -277,7 +277,7 @@ def _step(
     """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded."""
     if (record := _current_record(output, inputs, options)) is not None:
         progress.skipped(output)
-        return None, _Done(tuple(record["notes"]), record["facts"])
+        return None, record
     started = time.perf_counter()
     done = work()
     content = {
@@ -309,14 +309,14 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -> dict[str, Any] | None:
-    """The record of `output`, if it was made from these inputs, with these options and versions, and not touched since.
+def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -> _Done | None:
+    """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and not touched since.
 
     An input with the size and time of the record is taken to be the same; with another time its digest decides.
     """
     try:
         record = json.loads(_record_path(output).read_text(encoding="utf-8"))
-        known = record["inputs"]
+        known, done = record["inputs"], _Done(tuple(record["notes"]), record["facts"])
         same = (
             record["output"] == _stamp(output)
             and record["options"] == options
@@ -330,4 +330,4 @@ def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -
         )
     except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
         return None
-    return record if same else None
+    return done if same else None
