@@ -310,7 +310,8 @@ def _stamp(path: Path) -> list[int]:
 
 
 def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -> _Done | None:
-    """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and not touched since.
+    """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and was not
+    touched since.
 
     An input with the size and time of the record is taken to be the same; with another time its digest decides.
     """

@@ -5,11 +5,12 @@ second half scored. Both models run side by side, so that no file of logits is n
 """
 
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ import psutil
 
 from .corpus import Chunks, Used
 from .engine.model import Model
-from .errors import EngineError, NoSpace
+from .errors import EngineError, NoSpace, listed
 from .files import decimal, replacing
 from .gguf_file import GgufFile
 from .imatrix import with_bos
@@ -98,14 +99,16 @@ def evaluate(
 
     text: makes the chunks with a model's tokenizer; None takes those of the file `logits`. base: the float GGUF, run once for
     all models. logits: a file of base log-probabilities: read when it exists (base is then not run), else written, from the
-    base, or from the first model when there is none.
-    Raises GgufError, CorpusError, EngineError (other vocabularies), NoSpace (memory: says how to do with less).
+    base, or from the first model when there is none. Where memory does not hold all models side by side, they run one after
+    the other, the base through such a file.
+    Raises GgufError, CorpusError, EngineError (other vocabularies), NoSpace.
     """
     started = time.perf_counter()
     stored = LogitsFile(logits) if logits and logits.exists() else None
+    if base and not stored and _memory([base, *ggufs]) > _free_memory():
+        return _one_by_one(ggufs, text, base, logits, n_ctx, threads, progress)
     n_ctx = stored.n_ctx if stored else n_ctx
-    if base and not stored:
-        _require_memory([base, *ggufs])
+    _require_memory([base, *ggufs] if base and not stored else ggufs)
     with ExitStack() as stack:
         models = [stack.enter_context(Model(path, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads)) for path in ggufs]
         base_model = None
@@ -273,14 +276,48 @@ def _writing(path: Path, chunks: Chunks, n_vocab: int) -> Iterator[LogitsWriter]
         yield writer
 
 
+def _one_by_one(
+    ggufs: Sequence[Path],
+    text: Callable[[Model], Chunks] | None,
+    base: Path,
+    logits: Path | None,
+    n_ctx: int,
+    threads: int,
+    progress: Callable[[int, int], object],
+) -> Evaluation:
+    """The same with one model in memory at a time: the base's log-probabilities pass through a file of 16-bit codes."""
+    started = time.perf_counter()
+    runs = 1 + len(ggufs)
+    with tempfile.TemporaryDirectory(prefix=".cnq-", dir=ggufs[0].parent) as scratch:
+        path = logits or Path(scratch) / "base.kld"
+
+        def run(number: int, gguf: Path, first: bool) -> Evaluation:
+            def tick(done: int, total: int) -> object:
+                return progress(number * total + done, runs * total)
+
+            return evaluate([gguf], text if first else None, logits=path, n_ctx=n_ctx, threads=threads, progress=tick)
+
+        whole = run(0, base, True)
+        found = [run(i, gguf, False).models[0] for i, gguf in enumerate(ggufs, 1)]
+    named = [replace(m, against=replace(m.against, base=base.name)) for m in found if m.against]
+    return replace(whole, base=whole.models[0], models=tuple(named), seconds=time.perf_counter() - started)
+
+
+def _memory(paths: Sequence[Path]) -> int:
+    """About what models take side by side: their files, and room for contexts and logits. Bytes."""
+    return int(sum(p.stat().st_size for p in paths if p.exists()) * 1.05) + 500_000_000
+
+
+def _free_memory() -> int:
+    return int(psutil.virtual_memory().available)
+
+
 def _require_memory(paths: Sequence[Path]) -> None:
-    """All models are in memory at once."""
-    need = int(sum(p.stat().st_size for p in paths if p.exists()) * 1.05) + 500_000_000
-    free = psutil.virtual_memory().available
+    need, free = _memory(paths), _free_memory()
     if free < need:
         raise NoSpace(
-            f"{decimal(need)} of memory needed to hold {len(paths)} models side by side, {decimal(free)} free. "
-            "Measure in two runs: first the base alone with --logits FILE, then the others with the same --logits FILE."
+            f"{decimal(need)} of memory needed for {listed(p.name for p in paths)}, {decimal(free)} free. "
+            "Close other programs, or measure on a machine with more."
         )
 
 

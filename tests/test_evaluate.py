@@ -11,7 +11,7 @@ from test_imatrix import text
 
 from cnq.cli import cli
 from cnq.engine.model import Model
-from cnq.errors import EngineError, GgufError
+from cnq.errors import EngineError, GgufError, NoSpace
 from cnq.evaluate import evaluate
 from cnq.imatrix import with_bos
 from cnq.logits_file import LogitsFile
@@ -99,6 +99,24 @@ def test_a_file_of_base_logits_serves_in_place_of_the_base(models, tmp_path):
     assert stored.ppl == direct.ppl
     assert stored.against.kld.value == pytest.approx(direct.against.kld.value, rel=1e-2)
     assert stored.against.ppl_base.value == pytest.approx(direct.against.ppl_base.value, rel=1e-3)
+
+
+def test_without_memory_for_both_the_base_goes_through_a_file(models, tmp_path, monkeypatch):
+    import cnq.evaluate as module
+
+    direct = run(models)
+    most = module._memory([models[0], models[1]])
+    monkeypatch.setattr(module, "_free_memory", lambda: most - 1)
+    found = run(models)
+    assert found.base.ppl == direct.base.ppl
+    assert found.models[0].ppl == direct.models[0].ppl
+    assert found.models[0].against.base == direct.models[0].against.base
+    assert found.models[0].against.kld.value == pytest.approx(direct.models[0].against.kld.value, rel=1e-2)
+    assert found.manifest == direct.manifest
+    assert not [p for p in models[1].parent.iterdir() if p.name.startswith(".cnq-")]
+    monkeypatch.setattr(module, "_free_memory", lambda: 1000)
+    with pytest.raises(NoSpace, match="of memory needed"):
+        run(models)
 
 
 def test_the_base_alone_writes_the_same_file(models, tmp_path):
