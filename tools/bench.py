@@ -25,6 +25,7 @@ import reference
 from cnq.corpus import peoples_daily
 from cnq.gguf_file import GgufFile
 from cnq.imatrix_file import read_imatrix
+from cnq.speed import measure_speed
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
@@ -123,6 +124,25 @@ def bench(model: str, runs: int) -> list[Row]:
     ratios, seconds = paired(ours, theirs, runs, {}, said)
     check = same_figures(said, said.with_suffix(".theirs"))
     rows.append(Row(f"PPL and KLD, {PPL_CHUNKS} chunks", "llama-perplexity, twice", 0.85, ratios, seconds, check))
+    return rows + speeds(quantized, binaries / "llama-bench", runs)
+
+
+def speeds(gguf: Path, llama_bench: Path, runs: int) -> list[Row]:
+    """Seconds a token, ours / theirs, of a prompt of 512 tokens and of 32 single ones."""
+    cores = measure_speed(gguf).threads
+    pairs = []
+    for _ in range(runs):
+        ours = measure_speed(gguf)
+        command = [str(llama_bench), "-m", str(gguf), "-p", "512", "-n", "32", "-t", str(cores), "-r", "1", "-o", "json"]
+        tests = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+        theirs = {"prefill" if t["n_prompt"] else "decode": t["avg_ts"] for t in tests}
+        pairs.append((ours, theirs))
+    rows = []
+    for step in ("prefill", "decode"):
+        both = [(1 / getattr(ours, step), 1 / theirs[step]) for ours, theirs in pairs]
+        medians = statistics.median(a for a, _ in both), statistics.median(b for _, b in both)
+        check = f"{1 / medians[0]:.0f} / {1 / medians[1]:.0f} tok/s"
+        rows.append(Row(f"{step}, Q4_K_M", "llama-bench", 1 / 0.97, [a / b for a, b in both], medians, check))
     return rows
 
 
@@ -152,7 +172,7 @@ def table(model: str, rows: list[Row], runs: int) -> str:
     for r in rows:
         spread = f"**{statistics.median(r.ratios):.2f}** ({min(r.ratios):.2f} – {max(r.ratios):.2f})"
         lines.append(
-            f"| {r.step} | {r.reference} | {spread} | ≤ {r.goal:.2f} | {r.seconds[0]:.2f} / {r.seconds[1]:.2f} | {r.check} |"
+            f"| {r.step} | {r.reference} | {spread} | ≤ {r.goal:.2f} | {r.seconds[0]:.3g} / {r.seconds[1]:.3g} | {r.check} |"
         )
     return "\n".join(lines)
 
