@@ -689,6 +689,7 @@ def gone(process: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("command", ["convert", "to-hf", "quantize"])
 def test_ctrl_c_leaves_nothing(large, tmp_path, command):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
     name, src, *options = large[command]
     before = tree(tmp_path)
     child, helpers = stopped_in_the_middle(tmp_path, name, src, tmp_path / "out", *options)
