@@ -41,19 +41,8 @@ def source() -> Path:
     tree = CACHE / "vendor" / "llama.cpp"
     if not tree.is_dir():
         pin = f"llama-cpp-python=={version('llama-cpp-python')}"
-        download = [
-            "-m",
-            "pip",
-            "download",
-            "-q",
-            "--no-deps",
-            "--no-build-isolation",
-            "--no-binary",
-            ":all:",
-            "-d",
-            str(CACHE),
-        ]
-        subprocess.run([sys.executable, *download, pin], check=True)
+        only_source = ["--no-deps", "--no-binary", "llama-cpp-python", "-d", str(CACHE)]
+        subprocess.run([sys.executable, "-m", "pip", "download", "-q", *only_source, pin], check=True)
         with tarfile.open(next(CACHE.glob("*.tar.gz"))) as tar:
             members = [m for m in tar.getmembers() if "/vendor/llama.cpp/" in m.name]
             for member in members:
