@@ -62,6 +62,10 @@ class Tensor:
     shape: tuple[int, ...]
     data: np.ndarray
 
+    def rows(self) -> np.ndarray:
+        """The data as a matrix, whatever the number of dimensions."""
+        return self.data.reshape(-1, self.data.shape[-1])
+
     def float32(self) -> np.ndarray:
         """The values, decoded. Raises GgufError for a type that the gguf package cannot decode."""
         return decode(self.data, self.type, self.name)
@@ -84,7 +88,7 @@ def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
     The same roundings as llama.cpp's converter: through float32, to nearest even.
     Raises GgufError at the first value that is not finite, or overflows `type`.
     """
-    rows = tensor.data.reshape(-1, tensor.data.shape[-1])
+    rows = tensor.rows()
     step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
@@ -120,7 +124,7 @@ def _not_finite(tensor: Tensor, chunk: np.ndarray, start: int, type: TensorType)
 # Reading
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ class GgufFile:
     """A GGUF file's metadata, with its tensors memory-mapped.
 
     fields: key -> bool, int, float, str or list of them.
-    kinds: key -> GGUF's number for the value's type. sizes: key -> bytes that key and value take in the file.
+    kinds: key -> GGUF's number for the value's type. spans: key -> (start, end) of key and value, in bytes of the file.
     tensors: name -> TensorInfo, in file order.
     """
 
@@ -154,7 +158,7 @@ class GgufFile:
         self.path = path
         self.fields: dict[str, Any] = {}
         self.kinds: dict[str, int] = {}
-        self.sizes: dict[str, int] = {}
+        self.spans: dict[str, tuple[int, int]] = {}
         self.tensors: dict[str, TensorInfo] = {}
         try:
             with path.open("rb") as f:
@@ -181,11 +185,11 @@ class GgufFile:
             if key in self.fields:
                 raise GgufError(f"{self.path}: metadata key {key} appears twice. Make the file again.")
             self.fields[key], at = self._value(kind, at + 4)
-            self.kinds[key], self.sizes[key] = kind, at - start
+            self.kinds[key], self.spans[key] = kind, (start, at)
         for _ in range(n_tensors):
             at = self._tensor_info(at)
         self.meta_bytes = at
-        alignment = self.fields.get("general.alignment", ALIGNMENT)
+        self.alignment = alignment = self.fields.get("general.alignment", ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise GgufError(f"{self.path}: general.alignment is {alignment}, expected a power of two.")
         self.data_start = padded(at, alignment)
@@ -218,10 +222,13 @@ class GgufFile:
             return list(values), at + struct.calcsize(f"<{n}{_SCALARS[item]}")
         if item != _STRING:
             raise GgufError(f"{self.path}: an array of type {item} at byte {at}, expected numbers or strings.")
-        strings = []
-        for _ in range(_checked(n, self._map, at)):
-            string, at = self._string(at)
-            strings.append(string)
+        strings, data, length_at = [], self._map, struct.Struct("<Q").unpack_from
+        for _ in range(_checked(n, data, at)):  # as _string does it, written out: a vocabulary has 100,000 of them and more
+            end = at + 8 + length_at(data, at)[0]
+            if end > len(data):
+                raise IndexError(f"a string of {end - at - 8} bytes at byte {at}")
+            strings.append(data[at + 8 : end].decode())
+            at = end
         return strings, at
 
     def _tensor_info(self, at: int) -> int:
@@ -251,6 +258,11 @@ class GgufFile:
         else:
             data = raw.reshape(*info.shape[:-1], info.type.row_bytes(info.shape[-1]))
         return Tensor(name, info.type, info.shape, data)
+
+    def raw(self, key: str) -> bytes:
+        """A key and its value as they stand in the file."""
+        start, end = self.spans[key]
+        return self._map[start:end]
 
     def field(self, key: str) -> Any:
         """The value of a key that must be there. Raises GgufError."""
@@ -298,6 +310,47 @@ class Planned:
     @property
     def nbytes(self) -> int:
         return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A GGUF to be: head: its first bytes, padded. starts: tensor -> where in the file its data begins. nbytes: in all."""
+
+    head: bytes
+    starts: dict[str, int]
+    nbytes: int
+
+
+def retyped(file: GgufFile, fields: dict[str, str | int], types: dict[str, TensorType]) -> Layout:
+    """The layout of a copy of `file` in which tensors have other types.
+
+    fields: strings and 32-bit numbers that come behind the file's own; those of the same name go. types: of every tensor
+    of the file, in the order of the copy. As llama.cpp writes it (ggml/src/gguf.cpp), trailing dimensions of 1 left out.
+    """
+    kept = [key for key in file.fields if key not in fields]
+    head = [MAGIC, struct.pack("<IQQ", 3, len(types), len(kept) + len(fields)), *(file.raw(key) for key in kept)]
+    for key, value in fields.items():
+        head.append(_packed(key))
+        head.append(
+            struct.pack("<II", _UINT32, value) if isinstance(value, int) else struct.pack("<I", _STRING) + _packed(value)
+        )
+    starts, at = {}, 0
+    for name, type in types.items():
+        shape = file.tensors[name].shape
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+        head.append(_packed(name))
+        head.append(struct.pack(f"<I{len(shape)}QIQ", len(shape), *reversed(shape), type.id, at))
+        starts[name] = at
+        at += padded(prod(shape[:-1]) * type.row_bytes(shape[-1]), file.alignment)
+    raw = b"".join(head)
+    raw = raw.ljust(padded(len(raw), file.alignment), b"\0")
+    return Layout(raw, {name: len(raw) + start for name, start in starts.items()}, len(raw) + at)
+
+
+def _packed(text: str) -> bytes:
+    raw = text.encode()
+    return struct.pack("<Q", len(raw)) + raw
 
 
 def write(path: Path, writer: gguf.GGUFWriter, tensors: list[Planned], progress: Callable[[int], object]) -> None:

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .engine import quantizer
-from .engine.quantizer import Choice, Request
+from .engine.quantizer import Choice, Quantizer, ftypes
 from .errors import GgufError, ImatrixRequired, QuantizeError, listed
 from .files import replacing
-from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, TensorInfo, padded
+from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, retyped
 from .imatrix_file import Importance, read_imatrix
 
 _NEVER_STORED = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # not in ggml.c, ggml_quantize_chunk
@@ -21,6 +20,8 @@ _NEED_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_
 _ENDS = ("token_embd.weight", "output.weight")
 # … but ggml.c, ggml_quantize_requires_imatrix, aborts the process for any tensor without one.
 _ABORT_WITHOUT = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
+_QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
+_MAX_KV = 127  # bytes of a string in llama_model_kv_override
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,8 @@ def plan(
     allow_requantize: bool = False,
 ) -> Plan:
     """What `quantize` would do with the same arguments. Raises what it would raise before it starts."""
-    return _prepare(src, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)[1]
+    with Quantizer(src) as child:
+        return _prepare(child, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)[0]
 
 
 def quantize(
@@ -90,20 +92,18 @@ def quantize(
 ) -> Quantized:
     """Quantize the float GGUF `src` into `dst`; the bytes are llama-quantize's.
 
-    type: a name of engine.quantizer.ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
+    type: a name of ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
     tensor_types: (regular expression searched in the tensor's name, type), the first match counts; the other tensors keep
     the type they would have had without. pure: one type throughout, no mixture.
     progress: hears each tensor's name as it begins, its number, and how many there are.
     Raises GgufError, ImatrixRequired, QuantizeError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
-    request, planned = _prepare(src, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)
-    with replacing(dst, force=force, need=planned.nbytes) as partial:
-        quantizer.quantize(_with(request, dst=str(partial), threads=threads), progress)
-        if (size := partial.stat().st_size) != planned.nbytes:
-            raise QuantizeError(
-                f"{dst}: {size} bytes were written, {planned.nbytes} foreseen. This is a bug in cnq: please report it."
-            )
+    with Quantizer(src) as child:
+        planned, fields = _prepare(child, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)
+        types = {t.name: TYPE_BY_NAME[t.type] for t in planned.tensors}
+        with replacing(dst, force=force, need=planned.nbytes) as partial:
+            child.round(partial, types, fields, imatrix=imatrix, threads=threads, progress=progress)
     return Quantized(
         path=dst,
         type=planned.type,
@@ -116,12 +116,8 @@ def quantize(
     )
 
 
-def _with(request: Request, **changes: object) -> Request:
-    return Request(**(vars(request) | changes))
-
-
 def _prepare(
-    src: Path,
+    child: Quantizer,
     type: str,
     imatrix: Path | None,
     tensor_types: Sequence[tuple[str, str]],
@@ -129,12 +125,14 @@ def _prepare(
     embedding_type: str | None,
     pure: bool,
     allow_requantize: bool,
-) -> tuple[Request, Plan]:
-    offered = quantizer.ftypes()
+) -> tuple[Plan, dict[str, str | int]]:
+    """The plan, and the metadata that the file gets besides its source's."""
+    src = child.src
+    file = GgufFile(src)
+    offered = ftypes()
     type = ALIASES.get(type.upper(), type.upper())
     if type not in offered:
         raise QuantizeError(f"unknown type {type}; llama.cpp offers {', '.join(offered)}.")
-    file = GgufFile(src)
     _require_float(src, file, allow_requantize)
     importance = read_imatrix(imatrix) if imatrix else None
     if importance:
@@ -143,18 +141,37 @@ def _prepare(
     for name in (output_type, embedding_type, *(t for _, t in tensor_types)):
         if name is not None and name not in storable:
             raise QuantizeError(f"unknown tensor type {name}; llama.cpp stores {', '.join(storable)}.")
-    request = Request(
-        src=str(src), dst="", ftype=offered[type], imatrix=str(imatrix) if imatrix else None, output_type=output_type,
-        embedding_type=embedding_type, pure=pure, requantize=allow_requantize, dry_run=True,
-    )  # fmt: skip
-    choices = quantizer.quantize(request)
+
+    def decided(overrides: Sequence[tuple[str, str]]) -> list[Choice]:
+        return child.decide(
+            offered[type], with_imatrix=imatrix is not None, tensor_types=overrides, output_type=output_type,
+            embedding_type=embedding_type, pure=pure, requantize=allow_requantize,
+        )  # fmt: skip
+
+    choices = decided(())
     if tensor_types:
-        overrides = _anchored(type, choices, file, tensor_types)
-        request = _with(request, tensor_types=overrides)
-        wished = quantizer.quantize(request)
+        wished = decided(_anchored(type, choices, file, tensor_types))
         choices = [old if old.type == new.type else new for old, new in zip(choices, wished, strict=True)]
     _require_imatrix(src, type, choices, importance)
-    return _with(request, dry_run=False), _plan(type, file, choices, imatrix, importance)
+    fields: dict[str, str | int] = {"general.quantization_version": _QUANTIZATION_VERSION, "general.file_type": offered[type]}
+    if imatrix and importance:
+        fields |= _imatrix_fields(imatrix, importance)
+    return _plan(type, file, choices, fields, importance), fields
+
+
+def _imatrix_fields(path: Path, importance: Importance) -> dict[str, str | int]:
+    """The keys that tell of the imatrix in the quantized file; as llama-quantize writes them, but for the file's folder."""
+    fields: dict[str, str | int] = {"quantize.imatrix.file": _clipped(path.name)}
+    if importance.datasets:
+        fields["quantize.imatrix.dataset"] = _clipped(importance.datasets[0])
+    fields["quantize.imatrix.entries_count"] = len(importance.sums)
+    if importance.n_chunks > 0:
+        fields["quantize.imatrix.chunks_count"] = importance.n_chunks
+    return fields
+
+
+def _clipped(text: str) -> str:
+    return text.encode()[:_MAX_KV].decode("utf-8", "ignore")
 
 
 def _require_float(src: Path, file: GgufFile, allow_requantize: bool) -> None:
@@ -229,15 +246,17 @@ def _require_imatrix(src: Path, type: str, choices: list[Choice], importance: Im
         raise ImatrixRequired(f"{src}: the importance matrix has nothing for {listed(without)}, and {type} cannot do without.")
 
 
-def _plan(type: str, file: GgufFile, choices: list[Choice], imatrix: Path | None, importance: Importance | None) -> Plan:
-    def size(info: TensorInfo, choice: Choice) -> int:
-        return prod(info.shape[:-1]) * choice.type.row_bytes(info.shape[-1])
-
+def _plan(
+    type: str, file: GgufFile, choices: list[Choice], fields: dict[str, str | int], importance: Importance | None
+) -> Plan:
     tensors = tuple(
-        TensorPlan(c.name, info.shape, info.type.name, c.type.name, c.wanted.name if c.wanted else None, size(info, c))
+        TensorPlan(
+            c.name, info.shape, info.type.name, c.type.name, c.wanted.name if c.wanted else None,
+            prod(info.shape[:-1]) * c.type.row_bytes(info.shape[-1]),
+        )
         for c in choices
         for info in [file.tensors[c.name]]
-    )
+    )  # fmt: skip
     notes = []
     fallen = [t for t in tensors if t.wanted]
     if fallen:
@@ -254,24 +273,7 @@ def _plan(type: str, file: GgufFile, choices: list[Choice], imatrix: Path | None
     return Plan(
         type=type,
         tensors=tensors,
-        nbytes=_file_size(file, tensors, imatrix, importance),
+        nbytes=retyped(file, fields, {c.name: c.type for c in choices}).nbytes,
         bits_per_weight=sum(t.nbytes for t in tensors) * 8 / file.n_params,
         notes=tuple(notes),
     )
-
-
-def _file_size(file: GgufFile, tensors: tuple[TensorPlan, ...], imatrix: Path | None, importance: Importance | None) -> int:
-    """The size of the file that llama.cpp writes: the source's metadata with a few keys more, then the padded tensors."""
-    meta = file.meta_bytes
-    added: dict[str, str | int] = {"general.quantization_version": 0, "general.file_type": 0}
-    if imatrix and importance:
-        added |= quantizer.imatrix_fields(imatrix.name, importance.datasets, len(importance.sums), importance.n_chunks)
-    for key, value in added.items():
-        meta -= file.sizes.get(key, 0)
-        meta += _field_size(key, value)
-    return padded(meta) + sum(padded(t.nbytes) for t in tensors)
-
-
-def _field_size(key: str, value: str | int) -> int:
-    """Bytes of a key with a string or a 32-bit number: length, key, type, then length and text, or the number."""
-    return 8 + len(key.encode()) + 4 + (8 + len(value.encode()) if isinstance(value, str) else 4)

@@ -858,11 +858,9 @@ def altered(src: Path, dst: Path, changes: dict[str, tuple[int, bytes] | None]) 
     """A GGUF with other metadata: key -> (kind, value), None removes it."""
     file = GgufFile(src)
     raw = src.read_bytes()
-    fields, at = {}, 24
-    for key in file.fields:
-        value = at + 8 + len(key.encode()) + 4
-        fields[key] = (file.kinds[key], raw[value : at + file.sizes[key]])
-        at += file.sizes[key]
+    values = {key: file.raw(key)[8 + len(key.encode()) + 4 :] for key in file.fields}
+    fields = {key: (file.kinds[key], value) for key, value in values.items()}
+    at = max(end for _, end in file.spans.values())
     kept = {key: value for key, value in (fields | changes).items() if value is not None}
     head = b"GGUF" + struct.pack("<IQQ", 3, len(file.tensors), len(kept))
     head += b"".join(string(key) + struct.pack("<I", kind) + value for key, (kind, value) in kept.items())

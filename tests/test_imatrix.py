@@ -6,6 +6,7 @@ from pathlib import Path
 import make_tools
 import numpy as np
 import pytest
+import tiny
 from click.testing import CliRunner
 
 from cnq.cli import cli
@@ -154,39 +155,9 @@ def test_both_forms_quantize_alike(wide_gguf, tmp_path):
     assert len(unlike) <= len(one.tensors) // 4  # the .dat holds mean * passes: the last bit may differ
 
 
-def write_moe(path: Path, experts: int = 4, used: int = 2) -> Path:
-    """A mixture-of-experts GGUF of the llama family, from the tiny dense model's sizes."""
-    import gguf as lib
-
-    random = np.random.default_rng(1)
-    writer = lib.GGUFWriter(path, "llama")
-    for key, value in {"block_count": 1, "context_length": 256, "embedding_length": 64, "feed_forward_length": 96,
-                       "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 32, "rope.dimension_count": 16,
-                       "expert_count": experts, "expert_used_count": used}.items():  # fmt: skip
-        writer.add_uint32(f"llama.{key}", value)
-    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(29))])
-    writer.add_token_scores([0.0] * 32)
-    writer.add_token_types([2, 3, 3, *([1] * 29)])
-    shapes = {"token_embd": (32, 64), "output_norm": (64,), "output": (32, 64),
-              "blk.0.attn_norm": (64,), "blk.0.attn_q": (64, 64),
-              "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_norm": (64,),
-              "blk.0.ffn_gate_inp": (experts, 64), "blk.0.ffn_gate_exps": (experts, 96, 64),
-              "blk.0.ffn_up_exps": (experts, 96, 64), "blk.0.ffn_down_exps": (experts, 64, 96)}  # fmt: skip
-    for name, shape in shapes.items():
-        data = random.standard_normal(shape).astype(np.float32) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
-        writer.add_tensor(f"{name}.weight", data)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
 def test_experts_are_counted_one_by_one(tmp_path):
     """Each token goes to 2 of 4 experts; each expert's sums are those of the tokens routed to it."""
-    model = write_moe(tmp_path / "moe.gguf")
+    model = tiny.moe_gguf(tmp_path / "moe.gguf")
     ids = np.random.default_rng(0).integers(3, 32, (3, 64))
     made = chunks([Source("ids", "0" * 64, ("x",))], lambda t: ids.ravel().tolist(), 64, None)
     found = run(model, tmp_path / "im.gguf", text=lambda m: made)
@@ -204,7 +175,7 @@ def test_experts_are_counted_one_by_one(tmp_path):
 
 
 def test_an_expert_without_tokens_is_named(tmp_path):
-    model = write_moe(tmp_path / "moe.gguf", experts=32, used=1)
+    model = tiny.moe_gguf(tmp_path / "moe.gguf", experts=32, used=1)
     made = chunks([Source("ids", "0" * 64, ("x",))], lambda t: [5] * 128, 64, None)
     found = run(model, tmp_path / "im.gguf", text=lambda m: made)
     assert any("blk.0.ffn_up_exps.weight: no token was routed to experts" in note for note in found.notes)

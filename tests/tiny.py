@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import sentencepiece
 from safetensors import TensorSpec, serialize_file
@@ -245,3 +246,31 @@ def pre_tokenizer(name: str) -> Any:
             cuts = [Split(Regex(cut), "isolated") for cut in ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+")]
             return Sequence([*cuts, Digits(individual_digits=True), bytes_only])
     raise ValueError(name)
+
+
+def moe_gguf(path: Path, experts: int = 4, used: int = 2) -> Path:
+    """A mixture-of-experts GGUF of the llama family, from the tiny dense model's sizes."""
+    random = np.random.default_rng(1)
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 1, "context_length": 256, "embedding_length": 64, "feed_forward_length": 96,
+                       "attention.head_count": 4, "attention.head_count_kv": 2, "vocab_size": 32, "rope.dimension_count": 16,
+                       "expert_count": experts, "expert_used_count": used}.items():  # fmt: skip
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(["<unk>", "<s>", "</s>", *(f"t{i}" for i in range(29))])
+    writer.add_token_scores([0.0] * 32)
+    writer.add_token_types([2, 3, 3, *([1] * 29)])
+    shapes = {"token_embd": (32, 64), "output_norm": (64,), "output": (32, 64),
+              "blk.0.attn_norm": (64,), "blk.0.attn_q": (64, 64),
+              "blk.0.attn_k": (32, 64), "blk.0.attn_v": (32, 64), "blk.0.attn_output": (64, 64), "blk.0.ffn_norm": (64,),
+              "blk.0.ffn_gate_inp": (experts, 64), "blk.0.ffn_gate_exps": (experts, 96, 64),
+              "blk.0.ffn_up_exps": (experts, 96, 64), "blk.0.ffn_down_exps": (experts, 64, 96)}  # fmt: skip
+    for name, shape in shapes.items():
+        data = random.standard_normal(shape).astype(np.float32) * (1 if len(shape) == 1 else shape[-1] ** -0.5)
+        writer.add_tensor(f"{name}.weight", data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -1,0 +1,235 @@
+"""The child of quantizer.py: asks llama.cpp what each tensor becomes, and rounds them.
+
+One JSON request a line on stdin, answered by JSON events, the last of them {"done": complaint or null}. The end of stdin
+tells that the parent is gone, however it went.
+"""
+
+import ctypes
+import json
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import llama_cpp.llama_cpp as lib
+import numpy as np
+
+from ..errors import CnqError
+from ..gguf_file import TYPE_BY_NAME, GgufFile, Tensor, TensorType, retyped
+from ..imatrix_file import read_imatrix
+from . import rows
+
+_CHUNK = 1 << 18  # elements of a task: 1 MB of float32, which stays in a core's cache
+
+# Native code prints to stdout now and then: the answers get a descriptor of their own.
+_answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+_answering = threading.Lock()
+
+
+def _tell(**event: Any) -> None:
+    with _answering:
+        print(json.dumps(event), file=_answers, flush=True)
+
+
+# What llama.cpp decides. It tells of it in its log only.
+
+_START = re.compile(r"\[ *\d+/ *\d+\] (\S+) +- \[.*?\], type = *(\S+?),")
+_BECOMES = re.compile(r"\((\S+)\)\s*$")
+_FALLBACK = re.compile(r"warning: (\S+) +- ncols .* \(required for type +(\S+?)\).* -> falling back to +(\S+)")
+
+
+class _Log:
+    """Puts llama.cpp's lines together, and passes on what the parent wants to know."""
+
+    def __init__(self) -> None:
+        self.line = ""
+        self.tail: list[str] = []
+        self.wanted: dict[str, str] = {}
+
+    def feed(self, text: str) -> None:
+        for part in text.splitlines(keepends=True):
+            self.line += part
+            if part.endswith("\n"):
+                self.finish(self.line.rstrip())
+                self.line = ""
+
+    def finish(self, line: str) -> None:
+        if m := _FALLBACK.match(line):
+            self.wanted[m[1]] = m[2].upper()
+        elif m := _START.match(line):
+            becomes = _BECOMES.search(line, m.end())
+            _tell(choice=[m[1], (becomes[1] if becomes else m[2]).upper(), self.wanted.get(m[1])])
+        elif line.strip(" ="):
+            self.tail = [*self.tail[-5:], line.strip()]
+
+    def complaint(self) -> str:
+        """Why llama.cpp gave up: its last words, without those it always says."""
+        return " ".join(self.tail).rpartition("failed to quantize: ")[2]
+
+
+def _decide(
+    src: str,
+    ftype: int,
+    with_imatrix: bool,
+    tensor_types: list[tuple[str, str]],
+    output_type: str | None,
+    embedding_type: str | None,
+    pure: bool,
+    requantize: bool,
+) -> str | None:
+    """A dry run of llama_model_quantize; tells of each tensor. Returns llama.cpp's complaint, or None."""
+    log = _Log()
+
+    @lib.llama_log_callback
+    def on_log(level: int, text: bytes, user_data: object) -> None:
+        log.feed(text.decode("utf-8", "replace"))
+
+    lib.llama_log_set(on_log, ctypes.c_void_p(0))
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.pure, params.allow_requantize, params.dry_run = ftype, pure, requantize, True
+    if output_type:
+        params.output_tensor_type = TYPE_BY_NAME[output_type].id
+    if embedding_type:
+        params.token_embedding_type = TYPE_BY_NAME[embedding_type].id
+    if tensor_types:
+        overrides = (lib.llama_model_tensor_override * (len(tensor_types) + 1))()
+        for slot, (pattern, wish) in zip(overrides, tensor_types, strict=False):
+            slot.pattern, slot.type = pattern.encode(), TYPE_BY_NAME[wish].id
+        overrides[-1].pattern, overrides[-1].type = None, lib.GGML_TYPE_COUNT
+        params.tt_overrides = ctypes.cast(overrides, type(params.tt_overrides))
+    if with_imatrix:  # which one makes no difference to the types, that there is one does
+        data = (lib.llama_model_imatrix_data * 2)()
+        value = np.ones(1, np.float32)
+        data[0].name, data[0].size = b"any", 1
+        data[0].data = value.ctypes.data_as(type(data[0].data))
+        params.imatrix = ctypes.cast(data, type(params.imatrix))
+    status = lib.llama_model_quantize(os.fsencode(src), b"", ctypes.byref(params))
+    return log.complaint() or f"status {status}" if status else None
+
+
+# Rounding
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Some rows of a tensor: of one of its matrices, as each expert has weights of its own. start: in the output file."""
+
+    number: int
+    tensor: Tensor
+    type: TensorType
+    rows: slice
+    weights: np.ndarray | None
+    start: int
+
+
+def _tasks(
+    file: GgufFile, types: dict[str, TensorType], starts: dict[str, int], weights: dict[str, np.ndarray]
+) -> Generator[_Task, None, None]:
+    for number, (name, type) in enumerate(types.items(), 1):
+        tensor = file.tensor(name)
+        columns = tensor.shape[-1]
+        matrix_rows = tensor.shape[-2] if len(tensor.shape) > 1 else 1
+        step = max(1, _CHUNK // columns)
+        for matrix in range(prod(tensor.shape[:-2])):
+            first = matrix * matrix_rows
+            own = weights[name][matrix * columns :][:columns] if name in weights else None
+            for row in range(first, first + matrix_rows, step):
+                part = slice(row, min(row + step, first + matrix_rows))
+                yield _Task(number, tensor, type, part, own, starts[name] + row * type.row_bytes(columns))
+
+
+def _round(
+    src: str, dst: str, types: list[tuple[str, str]], fields: dict[str, str | int], imatrix: str | None, threads: int
+) -> str | None:
+    """Write the copy of `src` with other types; tells of each tensor as it begins.
+
+    The result is llama_model_quantize's, byte for byte; but its threads meet after each tensor, while it is written.
+    """
+    file = GgufFile(Path(src))
+    wanted = {name: TYPE_BY_NAME[type] for name, type in types}
+    layout = retyped(file, fields, wanted)
+    weights = read_imatrix(Path(imatrix)).means() if imatrix else {}
+    threads = threads or os.cpu_count() or 1
+    tasks = _tasks(file, wanted, layout.starts, weights)
+    taking, writing = threading.Lock(), threading.Lock()
+    begun = 0
+
+    def work() -> None:
+        try:
+            round_all()
+        except BaseException:
+            with taking:
+                tasks.close()  # nothing more for the others either
+            raise
+
+    def round_all() -> None:
+        nonlocal begun
+        floats, codes = np.empty(0, np.float32), np.empty(0, np.uint8)
+        while True:
+            with taking:
+                if (task := next(tasks, None)) is None:
+                    return
+                if task.number > begun:
+                    begun = task.number
+                    _tell(progress=[task.tensor.name, begun, len(wanted)])
+            data = task.tensor.rows()[task.rows]
+            _require_sound(task, data, task.tensor.type, "holds NaN or infinity already. Make the file again.")
+            if task.tensor.type != task.type:
+                n = len(data) * task.tensor.shape[-1]
+                if n > floats.size:
+                    floats, codes = np.empty(n, np.float32), np.empty(4 * n, np.uint8)
+                data = rows.encode(rows.decode(data, task.tensor.type, floats), task.type, task.weights, codes)
+                _require_sound(task, data, task.type, f"is too large for {task.type.name}. Choose another type for it.")
+            with writing:
+                out.seek(task.start)
+                out.write(data.data)
+
+    with open(dst, "wb") as out, ThreadPoolExecutor(threads) as pool:  # noqa: PTH123
+        out.write(layout.head)
+        for future in [pool.submit(work) for _ in range(threads)]:
+            future.result()
+        out.truncate(layout.nbytes)
+    return None
+
+
+def _require_sound(task: _Task, data: np.ndarray, type: TensorType, otherwise: str) -> None:
+    if not rows.is_sound(data, type):
+        raise CnqError(f"{task.tensor.name}, rows {task.rows.start} to {task.rows.stop - 1}, {otherwise}")
+
+
+def _requests() -> Iterator[dict[str, Any]]:
+    """The parent's, one by one; when there are no more, this process ends, in the middle of its work too."""
+    lines: SimpleQueue[str] = SimpleQueue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            lines.put(line)
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        yield json.loads(lines.get())
+
+
+def main() -> None:
+    os.dup2(2, 1)
+    for request in _requests():
+        steps: dict[str, Callable[..., str | None]] = {"decide": _decide, "round": _round}
+        step = steps[request.pop("step")]
+        try:
+            _tell(done=step(**request))
+        except CnqError as error:
+            _tell(done=str(error))
+        except OSError as error:
+            _tell(errno=error.errno)
+
+
+if __name__ == "__main__":
+    main()
