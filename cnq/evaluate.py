@@ -4,58 +4,29 @@ Definitions are llama-perplexity's (llama.cpp tools/perplexity/perplexity.cpp): 
 second half scored. Both models run side by side, so that no file of logits is needed and nothing is rounded to 16 bits.
 """
 
-import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import psutil
 
 from .corpus import Chunks, Used
-from .engine.model import Model
+from .engine.model import Model, physical_cores
 from .errors import EngineError, NoSpace, listed
 from .files import decimal, replacing
 from .gguf_file import GgufFile
 from .imatrix import with_bos
 from .logits_file import LogitsFile, LogitsWriter, file_bytes, n_scored
+from .scores import Against, Estimate, Scores, against, log_sum_exp
 
-PERCENTILES = (0.1, 1, 5, 10, 25, 50, 75, 90, 95, 99, 99.9)
-_CUT_OFF = -16.0  # nats: llama-perplexity leaves out what the base thinks less likely
-_ROWS = 16  # scored at once: a block of logits that stays in the cache
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean and its standard error."""
-
-    value: float
-    error: float
-
-
-@dataclass(frozen=True)
-class Against:
-    """A model compared with its base, over the same tokens. KLD in nats; percentiles by percent.
-
-    ratio: PPL / PPL of the base, its error with the covariance of both. dp: change of the true token's probability, in
-    percent. same_top: share of tokens whose likeliest successor is the same, in percent.
-    """
-
-    base: str
-    ppl_base: Estimate
-    ratio: Estimate
-    correlation: float
-    kld: Estimate
-    kld_max: float
-    kld_percentiles: dict[float, float]
-    dp: Estimate
-    dp_rms: Estimate
-    dp_percentiles: dict[float, float]
-    same_top: Estimate
+_BLOCK = 1 << 18  # logits scored at once: 1 MB of float32, which stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -108,164 +79,107 @@ def evaluate(
     if base and not stored and _memory([base, *ggufs]) > _free_memory():
         return _one_by_one(ggufs, text, base, logits, n_ctx, threads, progress)
     n_ctx = stored.n_ctx if stored else n_ctx
-    _require_memory([base, *ggufs] if base and not stored else ggufs)
+    paths = [base, *ggufs] if base and not stored else list(ggufs)
+    _require_memory(paths)
+    gone = threading.Event()
     with ExitStack() as stack:
-        models = [stack.enter_context(Model(path, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads)) for path in ggufs]
-        base_model = None
-        if base and not stored:
-            base_model = stack.enter_context(Model(base, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads))
-        reference = base_model or models[0]
-        _require_one_vocabulary(ggufs, models, reference, stored)
-        chunks = Chunks(stored.tokens, ()) if stored else text(reference)  # type: ignore[misc]
-        scores = [_Scores() for _ in models]
-        base_scores = _Scores()
-        pool = stack.enter_context(ThreadPoolExecutor(threads or os.cpu_count()))
-        writer = stack.enter_context(_writing(logits, chunks, reference.n_vocab)) if logits and not stored else None
-        probs = stored.log_probs() if stored else None
-        for i, tokens in enumerate(chunks.tokens):
-            ids, first = with_bos(reference, tokens), n_ctx // 2
-            targets = tokens[first + 1 :]
-            against: _Block | None = None
-            if probs:
-                against = _known(next(probs), targets, base_scores)
-            runs = list(zip(models, scores, strict=True))
-            for model, found in [(base_model, base_scores), *runs] if base_model else runs:
-                rows = model.logits(ids, first)[:-1]
-                if writer and model is reference:
-                    writer.add(rows)
-                block = _score(pool, rows, targets, against, found)
-                against = block if model is base_model else against
-            progress(i + 1, len(chunks.tokens))
-        n_bytes = sum(len(reference.piece(int(t))) for t in chunks.tokens[:, n_ctx // 2 + 1 :].ravel())
+        models = [
+            stack.enter_context(Model(path, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads, stop=gone.is_set)) for path in paths
+        ]
+        first = models[0]  # the base, or the one whose logits are written
+        _require_one_vocabulary(paths, models, stored)
+        chunks = Chunks(stored.tokens, ()) if stored else text(first)  # type: ignore[misc]
+        n_chunks, n = len(chunks.tokens), n_scored(n_ctx)
+        scores = [Scores(n_chunks, n) for _ in paths]
+        known = Scores(n_chunks, n) if stored else None
+        writer = stack.enter_context(_writing(logits, chunks, first.n_vocab)) if logits and not stored else None
+        step = max(1, _BLOCK // first.n_vocab)
+
+        def measure(chunk: int, contexts: Sequence[Model]) -> None:
+            tokens = chunks.tokens[chunk]
+            ids = with_bos(first, tokens)
+            found = [model.logits(ids, n_ctx // 2)[:-1] for model in contexts]
+            for start in range(0, n, step):
+                rows = slice(start, min(start + step, n))
+                targets = tokens[n_ctx // 2 + 1 :][rows]
+                base_log_probs = None
+                if stored and known:
+                    base_log_probs = stored.log_probs(chunk, rows)
+                    known.put_known(chunk, rows, base_log_probs, targets)
+                if writer:
+                    writer.put(chunk, start, found[0][rows])
+                for of_model, all_logits in zip(scores, found, strict=True):
+                    part = all_logits[rows]
+                    of_model.put(chunk, rows, part, targets, base_log_probs)
+                    if base and of_model is scores[0] and not stored:
+                        base_log_probs = part - log_sum_exp(part)[:, None].astype(np.float32)
+
+        _share_out(measure, models, n_chunks, threads or physical_cores(), gone, progress)
+        n_bytes = sum(len(first.piece(int(t))) for t in chunks.tokens[:, n_ctx // 2 + 1 :].ravel())
+    of_base = known or (scores[0] if base else None)
     name = base.name if base else logits.name if stored and logits else None
     return Evaluation(
-        base=_measured(base, base_scores, None, None, n_bytes) if base_model and base else None,
-        models=tuple(_measured(p, s, name, base_scores if name else None, n_bytes) for p, s in zip(ggufs, scores, strict=True)),
+        base=_measured(base, scores[0], None, None, n_bytes) if base and not stored else None,
+        models=tuple(_measured(p, s, name, of_base, n_bytes) for p, s in zip(ggufs, scores[-len(ggufs) :], strict=True)),
         n_ctx=n_ctx,
-        n_chunks=len(chunks.tokens),
-        n_scored=n_scored(n_ctx) * len(chunks.tokens),
+        n_chunks=n_chunks,
+        n_scored=n * n_chunks,
         manifest=chunks.manifest,
         seconds=time.perf_counter() - started,
     )
 
 
-@dataclass(frozen=True)
-class _Block:
-    """What is kept of the base for one chunk. log_p: (n, n_vocab); p: its exponential, 0 below the cut-off."""
+def _share_out(
+    measure: Callable[[int, Sequence[Model]], None],
+    models: Sequence[Model],
+    n_chunks: int,
+    threads: int,
+    gone: threading.Event,
+    progress: Callable[[int, int], object],
+) -> None:
+    """Call `measure` for every chunk, with contexts of `models` of its own: several chunks at a time, one in each thread.
 
-    log_p: np.ndarray
-    p: np.ndarray
-    target_log_p: np.ndarray
-    top: np.ndarray
-
-
-class _Scores:
-    """Of every scored token: nll, and against the base kld, Δp and whether the likeliest successor is the same."""
-
-    def __init__(self) -> None:
-        self.nll: list[np.ndarray] = []
-        self.kld: list[np.ndarray] = []
-        self.dp: list[np.ndarray] = []
-        self.same: list[np.ndarray] = []
-
-
-def _score(pool: ThreadPoolExecutor, logits: np.ndarray, targets: np.ndarray, base: _Block | None, scores: _Scores) -> _Block:
-    """Score one chunk: logits (n, n_vocab) of the positions before `targets`. Returns what later models are compared with.
-
-    A few rows at a time on every core: at 128k tokens of vocabulary this is most of the work outside of llama.cpp.
+    Threads that work on one chunk wait for each other after every operation; those with chunks of their own never do. Where
+    memory or chunks are too few for that, each chunk gets several threads. When one fails, `gone` stops the others.
     """
-    n = len(targets)
-    keep = base is None
-    log_p = np.empty_like(logits) if keep else np.empty((0, 0), np.float32)
-    p = np.empty_like(log_p)
-    target_log_p, kld = np.empty(n), np.empty(n)
-    top = np.empty(n, np.int64)
+    room = _free_memory() // sum(model.context_bytes for model in models)
+    workers = max(1, min(threads, n_chunks, 1 + room))
+    with ExitStack() as stack:
+        idle: SimpleQueue[Sequence[Model]] = SimpleQueue()
+        for number in range(workers):
+            contexts = [stack.enter_context(model.fork()) for model in models] if number else models
+            for model in contexts:
+                model.use_threads(threads // workers)
+            idle.put(contexts)
 
-    def part(start: int) -> None:
-        rows = slice(start, start + _ROWS)
-        block = logits[rows]
-        top[rows] = block.argmax(1)
-        highest = block.max(1, keepdims=True)
-        exp = np.exp(block - highest)
-        total = exp.sum(1, dtype=np.float64)
-        shift = highest[:, 0] + np.log(total)  # log Σ exp
-        target_log_p[rows] = block[np.arange(len(block)), targets[rows]] - shift
-        if keep:
-            np.subtract(block, shift[:, None].astype(np.float32), out=log_p[rows])
-            np.divide(exp, total[:, None].astype(np.float32), out=p[rows])
-            p[rows][log_p[rows] <= _CUT_OFF] = 0
-        elif base:
-            # Σ p (log p − log q), log q = logit − log Σ exp: the small differences are summed, not their large parts
-            apart = base.log_p[rows] - block
-            apart += shift[:, None].astype(np.float32)
-            kld[rows] = np.einsum("ij,ij->i", base.p[rows], apart)
+        def work(chunk: int) -> None:
+            contexts = idle.get()
+            try:
+                measure(chunk, contexts)
+            finally:
+                idle.put(contexts)
 
-    list(pool.map(part, range(0, n, _ROWS)))
-    scores.nll.append(-target_log_p)
-    if base:
-        scores.kld.append(kld)
-        scores.dp.append(np.exp(target_log_p) - np.exp(base.target_log_p))
-        scores.same.append(top == base.top)
-    return _Block(log_p, p, target_log_p, top)
+        with ThreadPoolExecutor(workers) as pool:
+            try:
+                for done, future in enumerate(as_completed([pool.submit(work, chunk) for chunk in range(n_chunks)]), 1):
+                    future.result()
+                    progress(done, n_chunks)
+            except BaseException:
+                gone.set()
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
-def _known(log_p: np.ndarray, targets: np.ndarray, scores: _Scores) -> _Block:
-    """The same from a file of base log-probabilities."""
-    p = np.where(log_p > _CUT_OFF, np.exp(log_p), np.float32(0))
-    target = log_p[np.arange(len(targets)), targets].astype(np.float64)
-    scores.nll.append(-target)
-    return _Block(log_p, p, target, log_p.argmax(1))
-
-
-def _measured(path: Path, scores: _Scores, base_name: str | None, base: _Scores | None, n_bytes: int) -> Measured:
-    file = GgufFile(path)
-    nll = np.concatenate(scores.nll)
-    log_ppl = _mean(nll)
-    ppl = Estimate(float(np.exp(log_ppl.value)), float(np.exp(log_ppl.value)) * log_ppl.error)
-    klds = np.concatenate(scores.kld) if base else None
+def _measured(path: Path, scores: Scores, base_name: str | None, base: Scores | None, n_bytes: int) -> Measured:
     return Measured(
         path=path,
         nbytes=path.stat().st_size,
-        bits_per_weight=file.bits_per_weight,
-        ppl=ppl,
-        bits_per_byte=float(nll.sum() / np.log(2) / n_bytes),
-        against=_against(scores, base_name, base, nll) if base and base_name else None,
-        klds=klds,
+        bits_per_weight=GgufFile(path).bits_per_weight,
+        ppl=scores.perplexity(),
+        bits_per_byte=float(scores.nll.sum() / np.log(2) / n_bytes),
+        against=against(scores, base_name, base) if base and base_name else None,
+        klds=scores.kld.ravel() if base else None,
     )
-
-
-def _against(scores: _Scores, name: str, base: _Scores, nll: np.ndarray) -> Against:
-    nll_base = np.concatenate(base.nll)
-    log_ppl, log_base = _mean(nll), _mean(nll_base)
-    covariance = float((nll * nll_base).mean() - nll.mean() * nll_base.mean()) / (len(nll) - 1)
-    ratio = float(np.exp(log_ppl.value - log_base.value))
-    variance = log_ppl.error**2 + log_base.error**2 - 2 * covariance
-    both = log_ppl.error * log_base.error
-    kld, dp = np.concatenate(scores.kld), 100 * np.concatenate(scores.dp)
-    same = float(np.concatenate(scores.same).mean())
-    squares = _mean(dp**2)
-    rms = float(np.sqrt(squares.value))
-    return Against(
-        base=name,
-        ppl_base=Estimate(float(np.exp(log_base.value)), float(np.exp(log_base.value)) * log_base.error),
-        ratio=Estimate(ratio, ratio * float(np.sqrt(max(0.0, variance)))),
-        correlation=covariance / both if both else 1.0,
-        kld=_mean(kld),
-        kld_max=float(kld.max()),
-        kld_percentiles=_percentiles(kld),
-        dp=_mean(dp),
-        dp_rms=Estimate(rms, 0.5 / rms * squares.error if rms else 0.0),
-        dp_percentiles=_percentiles(dp),
-        same_top=Estimate(100 * same, 100 * float(np.sqrt(same * (1 - same) / (len(nll) - 1)))),
-    )
-
-
-def _mean(values: np.ndarray) -> Estimate:
-    return Estimate(float(values.mean()), float(np.sqrt(values.var() / (len(values) - 1))))
-
-
-def _percentiles(values: np.ndarray) -> dict[float, float]:
-    return {p: float(np.percentile(values, p)) for p in PERCENTILES}
 
 
 @contextmanager
@@ -321,7 +235,8 @@ def _require_memory(paths: Sequence[Path]) -> None:
         )
 
 
-def _require_one_vocabulary(paths: Sequence[Path], models: Sequence[Model], first: Model, stored: LogitsFile | None) -> None:
+def _require_one_vocabulary(paths: Sequence[Path], models: Sequence[Model], stored: LogitsFile | None) -> None:
+    first = models[0]
     for path, model in zip(paths, models, strict=True):
         if model.fields.get("tokenizer.ggml.tokens") != first.fields.get("tokenizer.ggml.tokens"):
             raise EngineError(

@@ -5,7 +5,7 @@ token uint16[n_vocab rounded up to even + 4]: float scale, float minimum, codes.
 16 nats below the likeliest token.
 """
 
-from collections.abc import Iterator
+import threading
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -32,13 +32,16 @@ def _width(n_vocab: int) -> int:
 
 
 class LogitsWriter:
-    """Writes the file chunk by chunk."""
+    """Writes the file, in any order; threads may share it."""
 
     def __init__(self, path: Path, tokens: np.ndarray, n_vocab: int):
-        self._out: BinaryIO = path.open("wb")
+        n_chunks, self._n_ctx = tokens.shape
         self._n_vocab = n_vocab
-        self._out.write(MAGIC + np.array([tokens.shape[1], n_vocab, len(tokens)], np.int32).tobytes())
+        self._writing = threading.Lock()
+        self._out: BinaryIO = path.open("wb")
+        self._out.write(MAGIC + np.array([self._n_ctx, n_vocab, n_chunks], np.int32).tobytes())
         self._out.write(np.ascontiguousarray(tokens, np.int32).tobytes())
+        self._start = self._out.tell()
 
     def __enter__(self) -> "LogitsWriter":
         return self
@@ -46,8 +49,8 @@ class LogitsWriter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._out.close()
 
-    def add(self, logits: np.ndarray) -> None:
-        """The logits of one chunk's scored tokens, (n_scored, n_vocab) float32."""
+    def put(self, chunk: int, first: int, logits: np.ndarray) -> None:
+        """Logits (n, n_vocab) float32 of the scored tokens of a chunk from its `first` on."""
         top = logits.max(1, keepdims=True)
         low = np.maximum(logits.min(1, keepdims=True), top - _DEPTH)
         log_sum = np.log(np.exp(logits - top).sum(1, keepdims=True, dtype=np.float64)).astype(np.float32)
@@ -57,7 +60,9 @@ class LogitsWriter:
         head = np.concatenate([scale, low - top - log_sum], axis=1).astype(np.float32)
         rows[:, :4] = head.view(np.uint16)
         rows[:, 4 : 4 + self._n_vocab] = np.where(logits > low, np.rint((logits - low) / safe), 0)
-        self._out.write(rows.tobytes())
+        with self._writing:
+            self._out.seek(self._start + (chunk * n_scored(self._n_ctx) + first) * rows[0].nbytes)
+            self._out.write(rows.data)
 
 
 class LogitsFile:
@@ -70,7 +75,7 @@ class LogitsFile:
                 if f.read(len(MAGIC)) != MAGIC:
                     raise GgufError(f"{path} is no file of base logits: it does not start with {MAGIC.decode()}.")
                 head = np.frombuffer(f.read(12), np.int32)
-                if len(head) < 3 or (head < 1).any():
+                if len(head) < 3 or (head < 1).any() or n_scored(int(head[0])) < 1:
                     raise GgufError(f"{path} is cut short or damaged. Make it again.")
                 self.n_ctx, self.n_vocab, self.n_chunks = (int(n) for n in head)
                 if file_bytes(self.n_chunks, self.n_ctx, self.n_vocab) != path.stat().st_size:
@@ -78,15 +83,15 @@ class LogitsFile:
                     raise GgufError(f"{path} has {path.stat().st_size} bytes, {expected} expected. Make it again.")
                 count = self.n_chunks * self.n_ctx
                 self.tokens = np.frombuffer(f.read(4 * count), np.int32).reshape(self.n_chunks, self.n_ctx)
-                self._start = f.tell()
+                start = f.tell()
         except OSError as error:
             raise GgufError(f"{path} cannot be read: {error.strerror}.") from None
         self.path = path
-
-    def log_probs(self) -> Iterator[np.ndarray]:
-        """Chunk by chunk, (n_scored, n_vocab) float32."""
         shape = (self.n_chunks, n_scored(self.n_ctx), _width(self.n_vocab))
-        rows = np.memmap(self.path, np.uint16, "r", self._start, shape)
-        for chunk in rows:
-            head = np.ascontiguousarray(chunk[:, :4]).view(np.float32)
-            yield head[:, :1] * chunk[:, 4 : 4 + self.n_vocab] + head[:, 1:]
+        self._rows = np.memmap(path, np.uint16, "r", start, shape)
+
+    def log_probs(self, chunk: int, rows: slice) -> np.ndarray:
+        """(n, n_vocab) float32 of some of the chunk's scored tokens."""
+        found = self._rows[chunk, rows]
+        head = np.ascontiguousarray(found[:, :4]).view(np.float32)
+        return head[:, :1] * found[:, 4 : 4 + self.n_vocab] + head[:, 1:]

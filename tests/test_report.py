@@ -16,13 +16,14 @@ import yaml
 
 from cnq.corpus import Source, Used, chunks
 from cnq.errors import OutputExists
-from cnq.evaluate import Estimate, Measured, evaluate
+from cnq.evaluate import Measured, evaluate
 from cnq.imatrix import collect
 from cnq.quantize import quantize
 from cnq.report import Report, Subject, write_report
 from cnq.report.card import MARKER
 from cnq.report.data import KLD_BOUND, choose, number, with_error
 from cnq.report.words import SCRIPT, TERMS
+from cnq.scores import Estimate
 from cnq.speed import Machine, Speed
 
 TYPES = ("Q8_0", "Q4_K_M")

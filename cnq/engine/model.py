@@ -1,5 +1,6 @@
 """A GGUF model in memory: text to tokens and back, logits, and sampling token by token."""
 
+import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,20 +55,21 @@ class Model:
         n_threads: int = 0,
         exact: bool = False,
         watch: Callable[[ggml.Tensor, bool], bool] | None = None,
+        stop: Callable[[], bool] | None = None,
     ):
         """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
 
         exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
         watch: llama.cpp's evaluation callback. Asked (tensor, True) whether a result is wanted; shown it with False, it
         may return False to end the pass. What it raises comes out of the call that ran the pass.
+        stop: asked after every operation whether to give up, in the thread that computes; the pass then raises EngineError.
 
         Raises GgufError (no GGUF, cut short), EngineError with llama.cpp's words.
         """
         file = GgufFile(path)  # a file that is no GGUF is refused here, before native code sees it
         _refuse_fatal(file)
         self.fields = file.fields
-        cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-        self._ctx = None
+        self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
         params.use_extra_bufts = not _AMX
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
@@ -75,34 +77,58 @@ class Model:
             raise EngineError(f"llama.cpp cannot load {path}: {_complaint()}")
         context = lib.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
-        context.n_threads = context.n_threads_batch = n_threads or cores
+        context.n_threads = context.n_threads_batch = n_threads or physical_cores()
         if exact:
             context.type_k = context.type_v = F32.id
             context.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self._watch_error: BaseException | None = None
         if watch:
-            context.cb_eval = self._callback = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
-        self._ctx = lib.llama_init_from_model(self._model, context)
-        if not self._ctx:
-            self.close()
-            raise EngineError(
-                f"llama.cpp cannot make room for a context of {n_ctx} tokens: {_complaint()} Try a smaller --ctx."
-            )
+            context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
+        if stop:
+            context.abort_callback = lib.ggml_abort_callback(lambda user_data: stop())
+        self._params = context  # and what it refers to
+        self._begin()
         self._vocab = lib.llama_model_get_vocab(self._model)
-        self._memory = lib.llama_get_memory(self._ctx)
         self.n_ctx = int(lib.llama_n_ctx(self._ctx))
         self.n_batch = n_batch
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+
+    def _begin(self) -> None:
+        """An empty context for the weights."""
+        self._ctx = lib.llama_init_from_model(self._model, self._params)
+        if not self._ctx:
+            self.close()
+            raise EngineError(
+                f"llama.cpp cannot make room for a context of {self._params.n_ctx} tokens: {_complaint()} Try a smaller --ctx."
+            )
+        self._memory: object = lib.llama_get_memory(self._ctx)
         self._seen: list[int] = []  # tokens whose keys and values are in the context
+
+    def fork(self) -> "Model":
+        """Another context on the same weights, to be used in another thread. Close it before this one."""
+        twin = copy.copy(self)
+        twin._ctx, twin._forked = None, True
+        twin._begin()
+        return twin
 
     def close(self) -> None:
         if self._ctx:
             lib.llama_free(self._ctx)
-        if self._model:
+        if self._model and not self._forked:
             lib.llama_model_free(self._model)
         self._ctx = self._model = None
+
+    def use_threads(self, n_threads: int) -> None:
+        """From now on compute in so many threads."""
+        lib.llama_set_n_threads(self._ctx, n_threads, n_threads)
+
+    @property
+    def context_bytes(self) -> int:
+        """About what a context takes at most: keys and values as float16, and logits of n_batch tokens, twice in llama.cpp."""
+        width = int(lib.llama_model_n_layer(self._model)) * int(lib.llama_model_n_embd(self._model))
+        return 4 * self.n_ctx * width + 8 * min(self.n_batch, self.n_ctx) * self.n_vocab
 
     def __enter__(self) -> "Model":
         return self
@@ -142,19 +168,19 @@ class Model:
     def logits(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
         """(len(tokens) - first, n_vocab) float32: for each position from `first` on, the logits of the token after it.
 
-        A sequence of its own: the context is forgotten before and after.
+        A sequence of its own: the context is forgotten before and after. Valid until the next call.
         """
         self._forget(0)
-        out = np.empty((len(tokens) - first, self.n_vocab), np.float32)
+        parts = []
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
             wanted = max(0, min(len(part), start + len(part) - first))
             self._decode(part, start, wanted)
             if wanted:
-                at = start + len(part) - wanted - first
-                out[at : at + wanted] = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
+                logits = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
+                parts.append(logits if start + len(part) == len(tokens) else logits.copy())
         self._forget(0)
-        return out
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Run a sequence of its own for the watcher alone; every token is computed through all layers."""
@@ -238,6 +264,10 @@ class Model:
         """Drop all but the first `keep` tokens from the context."""
         lib.llama_memory_seq_rm(self._memory, 0, keep, -1)
         del self._seen[keep:]
+
+
+def physical_cores() -> int:
+    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
 
 def _refuse_fatal(file: GgufFile) -> None:

@@ -8,8 +8,9 @@ from functools import cached_property
 from pathlib import Path
 
 from ..corpus import Used
-from ..evaluate import Estimate, Measured
+from ..evaluate import Measured
 from ..gguf_file import GgufFile, TensorInfo
+from ..scores import Estimate
 from ..speed import Machine, Speed
 
 # Nats. In llama.cpp's table for Llama 3 8B (tools/perplexity/README.md, revision f364eb6f) every mixture of K-quants with
