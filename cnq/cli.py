@@ -147,23 +147,26 @@ def quantize(
     cnq quantize a2-f16.gguf a2-iq2.gguf -t IQ2_M --imatrix a2.imatrix.gguf
     cnq quantize a2-f16.gguf a2-mix.gguf -t Q4_K_M --tensor-type 'attn_v=Q8_0' --dry-run
     """
-    from .quantize import plan, quantize
+    from .engine.child import started_early
 
-    for name in ("output_type", "embedding_type"):
-        options[name] = options[name] and options[name].upper()
-    wishes = [_wish(w) for w in tensor_types]
-    if dry_run:
-        terminal.emit(plan(tensor_types=wishes, **options), as_json, terminal.show_plan)
-        return
-    with terminal.Progress(quiet=as_json).bar("quantizing", "tensors") as progress:
-        result = quantize(
-            dst=dst,
-            force=force,
-            threads=threads,
-            tensor_types=wishes,
-            progress=lambda _, i, n: progress(i, n),
-            **options,
-        )
+    with started_early("cnq.engine.worker"):
+        from .quantize import plan, quantize
+
+        for name in ("output_type", "embedding_type"):
+            options[name] = options[name] and options[name].upper()
+        wishes = [_wish(w) for w in tensor_types]
+        if dry_run:
+            terminal.emit(plan(tensor_types=wishes, **options), as_json, terminal.show_plan)
+            return
+        with terminal.Progress(quiet=as_json).bar("quantizing", "tensors") as progress:
+            result = quantize(
+                dst=dst,
+                force=force,
+                threads=threads,
+                tensor_types=wishes,
+                progress=lambda _, i, n: progress(i, n),
+                **options,
+            )
     terminal.emit(result, as_json, lambda r: click.echo(
         f"{r.path}: {r.type}, {r.bits_per_weight:.2f} bits/weight, "
         f"{terminal.size(r.nbytes_before)} → {terminal.size(r.nbytes)} in {r.seconds:.1f} s"

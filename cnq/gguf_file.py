@@ -1,7 +1,7 @@
 """Reading and writing GGUF containers.
 
 The reader is ours because llama.cpp's `gguf` package walks every vocabulary string in Python and trusts the counts in
-the file; this one checks each against the file's size. Writing, type sizes and the float codecs are the `gguf` package's.
+the file; this one checks each against the file's size. Writing and the float codecs are the `gguf` package's.
 
 Format: https://github.com/ggml-org/ggml/blob/323951f1bdcdfbd5b5ff3a9a7c3770e63b1a560e/docs/gguf.md
 """
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import gguf
 import numpy as np
 
 from .errors import GgufError
+
+if TYPE_CHECKING:
+    import gguf  # at run time inside the functions that need it: a command that only reads starts sooner
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
@@ -42,8 +44,20 @@ class TensorType:
         return self.size * 8 / self.block
 
 
-_KNOWN = [TensorType(int(t), t.name, *gguf.GGML_QUANT_SIZES[t]) for t in gguf.GGMLQuantizationType]
-_KNOWN.append(TensorType(42, "Q2_0", 64, 2 + 16))  # newer than the gguf package; ggml-common.h: half d, 16 bytes of codes
+# ggml/include/ggml.h, enum ggml_type, and the blocks of ggml/src/ggml-common.h: number, name, elements, bytes.
+_KNOWN = [
+    TensorType(*known)
+    for known in (
+        (0, "F32", 1, 4), (1, "F16", 1, 2), (2, "Q4_0", 32, 18), (3, "Q4_1", 32, 20), (6, "Q5_0", 32, 22), (7, "Q5_1", 32, 24),
+        (8, "Q8_0", 32, 34), (9, "Q8_1", 32, 40), (10, "Q2_K", 256, 84), (11, "Q3_K", 256, 110), (12, "Q4_K", 256, 144),
+        (13, "Q5_K", 256, 176), (14, "Q6_K", 256, 210), (15, "Q8_K", 256, 292), (16, "IQ2_XXS", 256, 66),
+        (17, "IQ2_XS", 256, 74), (18, "IQ3_XXS", 256, 98), (19, "IQ1_S", 256, 50), (20, "IQ4_NL", 32, 18),
+        (21, "IQ3_S", 256, 110), (22, "IQ2_S", 256, 82), (23, "IQ4_XS", 256, 136), (24, "I8", 1, 1), (25, "I16", 1, 2),
+        (26, "I32", 1, 4), (27, "I64", 1, 8), (28, "F64", 1, 8), (29, "IQ1_M", 256, 56), (30, "BF16", 1, 2),
+        (34, "TQ1_0", 256, 54), (35, "TQ2_0", 256, 66), (39, "MXFP4", 32, 17), (40, "NVFP4", 64, 36), (41, "Q1_0", 128, 18),
+        (42, "Q2_0", 64, 18),
+    )
+]  # fmt: skip
 TYPES = {t.id: t for t in _KNOWN}
 TYPE_BY_NAME = {t.name: t for t in _KNOWN}
 F32, F16, BF16, Q8_0 = (TYPE_BY_NAME[n] for n in ("F32", "F16", "BF16", "Q8_0"))
@@ -72,6 +86,8 @@ class Tensor:
 
 
 def decode(data: np.ndarray, type: TensorType, name: str) -> np.ndarray:
+    import gguf
+
     try:
         return gguf.quants.dequantize(data, gguf.GGMLQuantizationType(type.id))
     except (NotImplementedError, ValueError):
@@ -88,6 +104,8 @@ def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
     The same roundings as llama.cpp's converter: through float32, to nearest even.
     Raises GgufError at the first value that is not finite, or overflows `type`.
     """
+    import gguf
+
     rows = tensor.rows()
     step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
     for start in range(0, len(rows), step):
@@ -353,8 +371,10 @@ def _packed(text: str) -> bytes:
     return struct.pack("<Q", len(raw)) + raw
 
 
-def write(path: Path, writer: gguf.GGUFWriter, tensors: list[Planned], progress: Callable[[int], object]) -> None:
+def write(path: Path, writer: "gguf.GGUFWriter", tensors: list[Planned], progress: Callable[[int], object]) -> None:
     """Write the writer's metadata and the tensors to `path`; `progress` hears how many bytes were written each time."""
+    import gguf
+
     for t in tensors:
         writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=gguf.GGMLQuantizationType(t.type.id))
     writer.write_header_to_file(path)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import gguf
 import numpy as np
 
 from .errors import GgufError, listed
@@ -161,6 +160,8 @@ def merged(one: Importance, other: Importance) -> Importance:
 
 def write_gguf(path: Path, importance: Importance) -> None:
     """The form that llama-quantize, llama-imatrix and Ollama's tools read: sums and counts as they are, sorted by name."""
+    import gguf  # here: who only reads starts sooner
+
     writer = gguf.GGUFWriter(path=None, arch="")  # an importance matrix has no architecture
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", list(importance.datasets))

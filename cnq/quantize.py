@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .engine.quantizer import Choice, Quantizer, ftypes
+from .engine.quantizer import Choice, Quantizer
 from .errors import GgufError, ImatrixRequired, QuantizeError, listed
 from .files import replacing
 from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, retyped
@@ -92,7 +92,7 @@ def quantize(
 ) -> Quantized:
     """Quantize the float GGUF `src` into `dst`; the bytes are llama-quantize's.
 
-    type: a name of ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
+    type: a name of Quantizer.ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
     tensor_types: (regular expression searched in the tensor's name, type), the first match counts; the other tensors keep
     the type they would have had without. pure: one type throughout, no mixture.
     progress: hears each tensor's name as it begins, its number, and how many there are.
@@ -129,7 +129,7 @@ def _prepare(
     """The plan, and the metadata that the file gets besides its source's."""
     src = child.src
     file = GgufFile(src)
-    offered = ftypes()
+    offered = child.ftypes()
     type = ALIASES.get(type.upper(), type.upper())
     if type not in offered:
         raise QuantizeError(f"unknown type {type}; llama.cpp offers {', '.join(offered)}.")

@@ -1,16 +1,11 @@
 """How fast a GGUF runs here and how much memory it takes: tokens a second of a prompt, of an answer, and peak memory.
 
 The model runs in a process of its own, so that the memory is that model's alone and a crash of native code becomes one error.
-The parent writes one JSON request to the child's stdin and keeps it open: its end tells the child that the parent is gone.
 """
 
-import json
-import os
 import platform
-import signal
 import subprocess
 import sys
-import threading
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -19,7 +14,8 @@ from typing import Any
 
 import psutil
 
-from .errors import CnqError, EngineError
+from .engine.child import Child, Tell, serve
+from .errors import EngineError
 from .gguf_file import GgufFile
 
 _SEED = 0  # the same prompt every time
@@ -76,40 +72,8 @@ def measure_speed(gguf: Path, *, n_prompt: int = 512, n_gen: int = 32, threads: 
     """
     GgufFile(gguf)  # what is no GGUF is refused here, by name
     request = {"gguf": str(gguf), "n_prompt": n_prompt, "n_gen": n_gen, "threads": threads}
-    child = subprocess.Popen(
-        [sys.executable, "-m", __name__],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="replace",
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
-    )
-    assert child.stdin and child.stdout and child.stderr
-    errors: list[str] = []
-    reader = threading.Thread(target=lambda: errors.extend(child.stderr), daemon=True)  # type: ignore[arg-type]
-    reader.start()
-    try:
-        with suppress(BrokenPipeError):  # it is dead already: its exit code will tell
-            child.stdin.write(json.dumps(request) + "\n")
-            child.stdin.flush()
-        line = child.stdout.readline()
-        child.wait()
-    finally:
-        child.kill()
-        child.wait()
-        reader.join()
-        for stream in (child.stdin, child.stdout, child.stderr):
-            with suppress(BrokenPipeError):
-                stream.close()
-    if child.returncode < 0:
-        name = signal.Signals(-child.returncode).name
-        raise EngineError(f"{gguf} was not timed: llama.cpp was ended by {name}. {''.join(errors[-1:]).strip()}".strip())
-    answer = json.loads(line) if line.endswith("\n") else {}
-    if "speed" in answer:
-        return Speed(**answer["speed"])
-    told = answer.get("failure") or " ".join("".join(errors[-3:]).split()) or f"it ended with {child.returncode}, unanswered."
-    raise EngineError(f"{gguf} was not timed: {told}")
+    with Child(__name__, lambda reason: EngineError(f"{gguf} was not timed: {reason}")) as child:
+        return Speed(**child.ask("measure", request))
 
 
 # The child's side
@@ -158,27 +122,9 @@ def _peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # the others count in KiB
 
 
-def _die_with_parent() -> None:
-    while os.read(0, 1):
-        pass
-    os._exit(1)
-
-
-def _main() -> None:
-    # Native code prints to stdout now and then: the answer gets a descriptor of its own.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    line = sys.stdin.readline()
-    if not line:
-        sys.exit(1)  # the parent is gone
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    answer: dict[str, Any]
-    try:
-        answer = {"speed": asdict(_measure(**json.loads(line)))}
-    except CnqError as error:
-        answer = {"failure": str(error)}
-    print(json.dumps(answer), file=answers, flush=True)
+def _step(tell: Tell, **request: Any) -> dict[str, Any]:
+    return asdict(_measure(**request))
 
 
 if __name__ == "__main__":
-    _main()
+    serve({"measure": _step})

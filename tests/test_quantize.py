@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import tiny
 
-from cnq.engine import quantizer
-from cnq.engine.quantizer import ftypes
+from cnq.engine import child as children
+from cnq.engine.worker import ftypes
 from cnq.errors import ImatrixRequired, QuantizeError
 from cnq.gguf_file import GgufFile
 from cnq.imatrix_file import read_imatrix
@@ -193,7 +193,7 @@ def test_a_crash_of_native_code_is_one_error(wide_gguf, tmp_path, monkeypatch):
         child.kill()
         return child
 
-    monkeypatch.setattr(quantizer.subprocess, "Popen", dying)
+    monkeypatch.setattr(children.subprocess, "Popen", dying)
     with pytest.raises(QuantizeError, match=r"SIGKILL"):
         quantize(wide_gguf, tmp_path / "q.gguf", "Q4_K_M")
     assert not list(tmp_path.iterdir())

@@ -12,7 +12,7 @@ from test_quantize import write_imatrix
 from cnq import vocab
 from cnq.checkpoint import open_checkpoint
 from cnq.convert import convert
-from cnq.engine.quantizer import ftypes
+from cnq.engine.worker import ftypes
 from cnq.errors import GgufError, UnsupportedVocab
 from cnq.gguf_file import GgufFile
 from cnq.quantize import quantize

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from cnq import speed
+from cnq.engine import child as children
 from cnq.engine.model import Model
 from cnq.errors import EngineError, GgufError
 from cnq.speed import measure_speed, this_machine
@@ -84,7 +85,7 @@ def test_a_crash_of_native_code_is_one_error(gguf, monkeypatch):
         child.kill()
         return child
 
-    monkeypatch.setattr(speed.subprocess, "Popen", dying)
+    monkeypatch.setattr(children.subprocess, "Popen", dying)
     with pytest.raises(EngineError, match="SIGKILL"):
         measure_speed(gguf())
 
@@ -94,7 +95,7 @@ def test_the_child_ends_when_its_parent_is_gone(gguf, at_work):
     child = subprocess.Popen([sys.executable, "-m", "cnq.speed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     if at_work:
         request = {"gguf": str(gguf(max_position_embeddings=100_000)), "n_prompt": 16, "n_gen": 90_000, "threads": 1}
-        child.stdin.write(json.dumps(request) + "\n")
+        child.stdin.write(json.dumps({"step": "measure", "arguments": request}) + "\n")
         child.stdin.flush()
         time.sleep(2)
         assert child.poll() is None, "it was to be at work still"

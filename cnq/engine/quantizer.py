@@ -1,25 +1,17 @@
-"""llama.cpp's quantizer in a process of its own: an abort of native code becomes one error, Ctrl-C leaves nothing running.
+"""llama.cpp's quantizer, in a process of its own.
 
 What each tensor becomes is asked of llama_model_quantize itself, in a dry run. The rounding is ggml's, in threads that need not
 wait for each other (worker.py), with the bytes of llama-quantize.
 """
 
-import json
-import os
-import re
-import signal
-import subprocess
-import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from ..errors import QuantizeError
-from ..gguf_file import TYPE_BY_NAME, TYPES, TensorType
+from ..gguf_file import TYPE_BY_NAME, TensorType
+from .child import Child
 
 
 @dataclass(frozen=True)
@@ -31,46 +23,16 @@ class Choice:
     wanted: TensorType | None
 
 
-def ftypes() -> dict[str, int]:
-    """Every quantization the linked llama.cpp offers: name -> llama_ftype, the smallest first."""
-    import llama_cpp.llama_cpp as lib
-
-    # llama-ext.h; not in the Python bindings. Numbers that llama.cpp only reads (NVFP4) have no type here.
-    default_type = lib._lib["_Z28llama_ftype_get_default_type11llama_ftype"]
-    named = re.compile("LLAMA_FTYPE_(?:ALL|MOSTLY)_(.+)")
-    found = {m[1]: int(getattr(lib, m[0])) for m in map(named.fullmatch, dir(lib)) if m}
-    offered = {name: TYPES[default_type(number)] for name, number in found.items() if default_type(number) in TYPES}
-    return {name: found[name] for name in sorted(offered, key=lambda name: (offered[name].bits, found[name]))}
-
-
-class Quantizer:
-    """A child process that quantizes one GGUF. Use it in a `with`; it starts at once, and its parent may go on meanwhile."""
+class Quantizer(Child):
+    """A child process that quantizes one GGUF."""
 
     def __init__(self, src: Path):
         self.src = src
+        super().__init__(f"{__package__}.worker", lambda reason: QuantizeError(f"{src} was not quantized: {reason}"))
 
-    def __enter__(self) -> "Quantizer":
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", f"{__package__}.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            encoding="utf-8",
-            errors="replace",
-            env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
-        )
-        self._errors: list[str] = []
-        self._reader = threading.Thread(target=lambda: self._errors.extend(self._child.stderr or ()), daemon=True)
-        self._reader.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._child.kill()
-        self._child.wait()
-        self._reader.join()
-        for stream in (self._child.stdin, self._child.stdout, self._child.stderr):
-            with suppress(BrokenPipeError):
-                stream.close()  # type: ignore[union-attr]
+    def ftypes(self) -> dict[str, int]:
+        """Every quantization the linked llama.cpp offers: name -> llama_ftype, the smallest first."""
+        return dict(self.ask("ftypes", {}))
 
     def decide(
         self,
@@ -92,7 +54,8 @@ class Quantizer:
             "ftype": ftype, "with_imatrix": with_imatrix, "tensor_types": list(tensor_types), "output_type": output_type,
             "embedding_type": embedding_type, "pure": pure, "requantize": requantize,
         }  # fmt: skip
-        told = [event["choice"] for event in self._events("decide", arguments)]
+        told: list[Any] = []
+        self.ask("decide", {"src": str(self.src)} | arguments, told.append)
         return [Choice(name, TYPE_BY_NAME[type], TYPE_BY_NAME.get(wanted or "")) for name, type, wanted in told]
 
     def round(
@@ -115,28 +78,5 @@ class Quantizer:
             "dst": str(dst), "types": [(name, type.name) for name, type in types.items()], "fields": fields,
             "imatrix": str(imatrix) if imatrix else None, "threads": threads,
         }  # fmt: skip
-        for event in self._events("round", arguments):
-            progress(*event["progress"])
-
-    def _events(self, step: str, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """What the child tells of a step until it is done."""
-        assert self._child.stdin and self._child.stdout
-        with suppress(BrokenPipeError):  # it is dead already: its exit code will tell
-            self._child.stdin.write(json.dumps({"step": step, "src": str(self.src)} | arguments) + "\n")
-            self._child.stdin.flush()
-        for line in self._child.stdout:
-            event = json.loads(line)
-            if "errno" in event:
-                raise OSError(event["errno"], os.strerror(event["errno"]))
-            if "done" not in event:
-                yield event
-            elif event["done"]:
-                raise QuantizeError(f"{self.src} was not quantized: {event['done']}")
-            else:
-                return
-        self._child.wait()
-        self._reader.join()
-        if self._child.returncode < 0:
-            name, last = signal.Signals(-self._child.returncode).name, "".join(self._errors[-1:]).strip()
-            raise QuantizeError(f"{self.src} was not quantized: llama.cpp was ended by {name}. {last}")
-        raise QuantizeError(f"{self.src} was not quantized: {' '.join(' '.join(self._errors[-3:]).split())}")
+        self.ask("round", {"src": str(self.src)} | arguments, lambda event: progress(*event))
+        self.kill()  # it gives its memory back while the caller goes on

@@ -1,42 +1,32 @@
-"""The child of quantizer.py: asks llama.cpp what each tensor becomes, and rounds them.
-
-One JSON request a line on stdin, answered by JSON events, the last of them {"done": complaint or null}. The end of stdin
-tells that the parent is gone, however it went.
-"""
+"""The child of quantizer.py: asks llama.cpp what each tensor becomes, and rounds them."""
 
 import ctypes
-import json
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.util import find_spec, module_from_spec
 from math import prod
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
 
-import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from ..errors import CnqError
-from ..gguf_file import TYPE_BY_NAME, GgufFile, Tensor, TensorType, retyped
+if __name__ == "__main__" and (package := find_spec("llama_cpp")):
+    # The bindings alone: the package around them, which would load servers and chat formats, is left empty in this process.
+    sys.modules["llama_cpp"] = module_from_spec(package)
+
+import llama_cpp.llama_cpp as lib
+
+from ..errors import QuantizeError
+from ..gguf_file import TYPE_BY_NAME, TYPES, GgufFile, Tensor, TensorType, retyped
 from ..imatrix_file import read_imatrix
 from . import rows
+from .child import Tell, serve
 
 _CHUNK = 1 << 18  # elements of a task: 1 MB of float32, which stays in a core's cache
-
-# Native code prints to stdout now and then: the answers get a descriptor of their own.
-_answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-_answering = threading.Lock()
-
-
-def _tell(**event: Any) -> None:
-    with _answering:
-        print(json.dumps(event), file=_answers, flush=True)
-
 
 # What llama.cpp decides. It tells of it in its log only.
 
@@ -45,10 +35,21 @@ _BECOMES = re.compile(r"\((\S+)\)\s*$")
 _FALLBACK = re.compile(r"warning: (\S+) +- ncols .* \(required for type +(\S+?)\).* -> falling back to +(\S+)")
 
 
+def ftypes() -> dict[str, int]:
+    """Every quantization the linked llama.cpp offers: name -> llama_ftype, the smallest first."""
+    # llama-ext.h; not in the Python bindings. Numbers that llama.cpp only reads (NVFP4) have no type here.
+    default_type = lib._lib["_Z28llama_ftype_get_default_type11llama_ftype"]
+    named = re.compile("LLAMA_FTYPE_(?:ALL|MOSTLY)_(.+)")
+    found = {m[1]: int(getattr(lib, m[0])) for m in map(named.fullmatch, dir(lib)) if m}
+    offered = {name: TYPES[default_type(number)] for name, number in found.items() if default_type(number) in TYPES}
+    return {name: found[name] for name in sorted(offered, key=lambda name: (offered[name].bits, found[name]))}
+
+
 class _Log:
     """Puts llama.cpp's lines together, and passes on what the parent wants to know."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Tell) -> None:
+        self.tell = tell
         self.line = ""
         self.tail: list[str] = []
         self.wanted: dict[str, str] = {}
@@ -65,7 +66,7 @@ class _Log:
             self.wanted[m[1]] = m[2].upper()
         elif m := _START.match(line):
             becomes = _BECOMES.search(line, m.end())
-            _tell(choice=[m[1], (becomes[1] if becomes else m[2]).upper(), self.wanted.get(m[1])])
+            self.tell([m[1], (becomes[1] if becomes else m[2]).upper(), self.wanted.get(m[1])])
         elif line.strip(" ="):
             self.tail = [*self.tail[-5:], line.strip()]
 
@@ -75,6 +76,7 @@ class _Log:
 
 
 def _decide(
+    tell: Tell,
     src: str,
     ftype: int,
     with_imatrix: bool,
@@ -83,9 +85,9 @@ def _decide(
     embedding_type: str | None,
     pure: bool,
     requantize: bool,
-) -> str | None:
-    """A dry run of llama_model_quantize; tells of each tensor. Returns llama.cpp's complaint, or None."""
-    log = _Log()
+) -> None:
+    """A dry run of llama_model_quantize; tells of each tensor: name, type, type it fell back from. Raises QuantizeError."""
+    log = _Log(tell)
 
     @lib.llama_log_callback
     def on_log(level: int, text: bytes, user_data: object) -> None:
@@ -111,7 +113,8 @@ def _decide(
         data[0].data = value.ctypes.data_as(type(data[0].data))
         params.imatrix = ctypes.cast(data, type(params.imatrix))
     status = lib.llama_model_quantize(os.fsencode(src), b"", ctypes.byref(params))
-    return log.complaint() or f"status {status}" if status else None
+    if status:
+        raise QuantizeError(log.complaint() or f"llama.cpp ended with status {status}.")
 
 
 # Rounding
@@ -146,9 +149,15 @@ def _tasks(
 
 
 def _round(
-    src: str, dst: str, types: list[tuple[str, str]], fields: dict[str, str | int], imatrix: str | None, threads: int
-) -> str | None:
-    """Write the copy of `src` with other types; tells of each tensor as it begins.
+    tell: Tell,
+    src: str,
+    dst: str,
+    types: list[tuple[str, str]],
+    fields: dict[str, str | int],
+    imatrix: str | None,
+    threads: int,
+) -> None:
+    """Write the copy of `src` with other types; tells of each tensor as it begins: name, number, of how many.
 
     The result is llama_model_quantize's, byte for byte; but its threads meet after each tensor, while it is written.
     """
@@ -178,7 +187,7 @@ def _round(
                     return
                 if task.number > begun:
                     begun = task.number
-                    _tell(progress=[task.tensor.name, begun, len(wanted)])
+                    tell([task.tensor.name, begun, len(wanted)])
             data = task.tensor.rows()[task.rows]
             _require_sound(task, data, task.tensor.type, "holds NaN or infinity already. Make the file again.")
             if task.tensor.type != task.type:
@@ -196,40 +205,12 @@ def _round(
         for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
         out.truncate(layout.nbytes)
-    return None
 
 
 def _require_sound(task: _Task, data: np.ndarray, type: TensorType, otherwise: str) -> None:
     if not rows.is_sound(data, type):
-        raise CnqError(f"{task.tensor.name}, rows {task.rows.start} to {task.rows.stop - 1}, {otherwise}")
-
-
-def _requests() -> Iterator[dict[str, Any]]:
-    """The parent's, one by one; when there are no more, this process ends, in the middle of its work too."""
-    lines: SimpleQueue[str] = SimpleQueue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            lines.put(line)
-        os._exit(0)
-
-    threading.Thread(target=read, daemon=True).start()
-    while True:
-        yield json.loads(lines.get())
-
-
-def main() -> None:
-    os.dup2(2, 1)
-    for request in _requests():
-        steps: dict[str, Callable[..., str | None]] = {"decide": _decide, "round": _round}
-        step = steps[request.pop("step")]
-        try:
-            _tell(done=step(**request))
-        except CnqError as error:
-            _tell(done=str(error))
-        except OSError as error:
-            _tell(errno=error.errno)
+        raise QuantizeError(f"{task.tensor.name}, rows {task.rows.start} to {task.rows.stop - 1}, {otherwise}")
 
 
 if __name__ == "__main__":
-    main()
+    serve({"ftypes": lambda tell: list(ftypes().items()), "decide": _decide, "round": _round})
