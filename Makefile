@@ -47,7 +47,7 @@ golden: .venv/dev ## rewrite tests/golden from llama.cpp's own converter, and sh
 	git diff --stat tests/golden
 
 bench: .venv/dev ## time cnq against llama.cpp's own tools, and rewrite docs/benchmarks.md
-	$(BIN)/python tools/bench.py --write
+	$(BIN)/python tools/bench.py $(MODEL) --write
 
 clean: ## remove .venv and what was built (not models/)
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 MAGIC = b"GGUF"
 ALIGNMENT = 32
+_SPLIT = ("split.no", "split.count", "split.tensors.count")  # of a file among several; llama-quantize leaves them out, too
 CHUNK_ELEMENTS = 1 << 20  # elements converted at once: 4 MB of float32, which stays in the cache
 
 
@@ -204,6 +205,11 @@ class GgufFile:
                 raise GgufError(f"{self.path}: metadata key {key} appears twice. Make the file again.")
             self.fields[key], at = self._value(kind, at + 4)
             self.kinds[key], self.spans[key] = kind, (start, at)
+        if isinstance(parts := self.fields.get("split.count"), int) and parts > 1:
+            raise GgufError(
+                f"{self.path} is one of {parts} files that make a model. Put them together first: "
+                f"llama-gguf-split --merge {self.path} WHOLE.gguf"
+            )
         for _ in range(n_tensors):
             at = self._tensor_info(at)
         self.meta_bytes = at
@@ -345,7 +351,7 @@ def retyped(file: GgufFile, fields: dict[str, str | int], types: dict[str, Tenso
     fields: strings and 32-bit numbers that come behind the file's own; those of the same name go. types: of every tensor
     of the file, in the order of the copy. As llama.cpp writes it (ggml/src/gguf.cpp), trailing dimensions of 1 left out.
     """
-    kept = [key for key in file.fields if key not in fields]
+    kept = [key for key in file.fields if key not in fields and key not in _SPLIT]
     head = [MAGIC, struct.pack("<IQQ", 3, len(types), len(kept) + len(fields)), *(file.raw(key) for key in kept)]
     for key, value in fields.items():
         head.append(_packed(key))

@@ -82,7 +82,7 @@ def measure_speed(gguf: Path, *, n_prompt: int = 512, n_gen: int = 32, threads: 
 def _measure(gguf: str, n_prompt: int, n_gen: int, threads: int) -> Speed:
     import numpy as np
 
-    from .engine.model import Model, Sampling
+    from .engine.model import Model
 
     path = Path(gguf)
     file = GgufFile(path)
@@ -90,18 +90,17 @@ def _measure(gguf: str, n_prompt: int, n_gen: int, threads: int) -> Speed:
     if isinstance(trained, int) and trained > 1:
         n_prompt, n_gen = min(n_prompt, trained - 1), min(n_gen, trained - 1)  # room for the token after
     n_threads = threads or psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
-    greedy = Sampling(temperature=0, repeat_penalty=1)
     n_ctx = max(n_prompt, n_gen) + 1
     with Model(path, n_ctx=n_ctx, n_batch=n_prompt, n_threads=n_threads) as model:
         ids = np.random.default_rng(_SEED).integers(0, model.n_vocab, n_ctx).tolist()
         model.logits(ids[:1])  # brings the file into memory, and forgets
         started = time.perf_counter()
-        next(model.generate(ids[:n_prompt], greedy, 1), None)  # computed when the first token of an answer is there
+        model.next_logits(ids[:n_prompt])
         prefill = n_prompt / (time.perf_counter() - started)
         model.logits(ids[:1])
         started = time.perf_counter()
         for n in range(n_gen):  # each prompt is the last and one token more, and only that one is computed
-            next(model.generate(ids[: n + 1], greedy, 1), None)
+            model.next_logits(ids[: n + 1])
         decode = n_gen / (time.perf_counter() - started)
     return Speed(prefill, decode, _peak(), n_prompt, n_gen, n_threads)
 

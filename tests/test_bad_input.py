@@ -741,7 +741,7 @@ def test_two_at_once(large, originals, gguf, tmp_path, command):
 
 # GGUFs
 
-STRING, ARRAY, U32, F32_VALUE = 8, 9, 4, 6
+STRING, ARRAY, U16, U32, F32_VALUE = 8, 9, 2, 4, 6
 
 
 def string(text: str | bytes) -> bytes:
@@ -910,6 +910,16 @@ def test_metadata_that_cannot_be(gguf, tmp_path, case):
     _, stderr = child.communicate()
     assert child.returncode in (0, 1), stderr
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize", "imatrix", "evaluate", "chat", "to-hf"])
+def test_one_file_of_several(gguf, tmp_path, command):
+    """llama.cpp would find the others by their names; what we say of the model would be of the first alone."""
+    path = tmp_path / "model-00001-of-00003.gguf"
+    altered(gguf(), path, {"split.count": (U16, struct.pack("<H", 3)), "split.no": (U16, struct.pack("<H", 0))})
+    more = {"quantize": [tmp_path / "out.gguf", "-t", "Q8_0"], "to-hf": [tmp_path / "out"], "chat": ["--prompt", "x"]}
+    saying = ("is one of 3 files that make a model", "llama-gguf-split --merge")
+    refused(tmp_path, command, path, *more.get(command, []), saying=saying)
 
 
 def test_ids_that_no_token_has_mean_none(gguf, tmp_path):

@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from test_bad_input import altered
 
 from cnq.engine import child as children
 from cnq.engine.worker import ftypes
@@ -151,6 +153,16 @@ def test_legacy_and_gguf_imatrix_give_the_same_codes(wide_gguf, imatrix, tmp_pat
     one = GgufFile(quantize(wide_gguf, tmp_path / "a.gguf", "Q3_K_M", imatrix=imatrix).path)
     two = GgufFile(quantize(wide_gguf, tmp_path / "b.gguf", "Q3_K_M", imatrix=dat).path)
     assert all(one.tensor(n).data.tobytes() == two.tensor(n).data.tobytes() for n in one.tensors)
+
+
+def test_a_model_that_was_split_into_one_file(wide_gguf, tmp_path):
+    """llama-gguf-split says so in keys that llama-quantize leaves out."""
+    path = tmp_path / "one-00001-of-00001.gguf"
+    one = (2, struct.pack("<H", 1))
+    altered(wide_gguf, path, {"split.no": (2, struct.pack("<H", 0)), "split.count": one, "split.tensors.count": one})
+    assert llama_quantize(path, tmp_path / "theirs.gguf", "Q4_K_M")
+    ours = quantize(path, tmp_path / "ours.gguf", "Q4_K_M").path
+    assert ours.read_bytes() == (tmp_path / "theirs.gguf").read_bytes()
 
 
 def test_rows_that_do_not_fill_a_block_fall_back_and_that_is_said(gguf):

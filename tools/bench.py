@@ -3,7 +3,8 @@
     python tools/bench.py [MODEL] [--runs N] [--write]
 
 MODEL is what `cnq build` takes. Each pair of runs gives a ratio cnq / llama.cpp; the table shows the median with the smallest
-and the largest. Whole processes are timed, start-up included. --write puts the table into docs/benchmarks.md.
+and the largest. Whole processes are timed, start-up included. --write puts the table into docs/benchmarks.md, in the place of
+the model's last one.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import reference
 
+from cnq import catalog
 from cnq.corpus import peoples_daily
 from cnq.gguf_file import GgufFile
 from cnq.imatrix_file import read_imatrix
@@ -30,7 +32,7 @@ from cnq.speed import measure_speed
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 IMATRIX_CHUNKS, PPL_CHUNKS = 20, 10  # of 512 tokens
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+BEGIN, END = "<!-- bench of {}: begin -->", "<!-- bench of {}: end -->"
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,9 @@ def bench(model: str, runs: int) -> list[Row]:
     cnq = [sys.executable, "-m", "cnq"]
     work = reference.CACHE / "work"
     work.mkdir(exist_ok=True)
-    built = ROOT / "models" / model
+    built = ROOT / "models" / catalog.find(model).name
     subprocess.run([*cnq, "build", model, "--out", str(built), "--chunks", "0", "--eval-chunks", "0"], check=True)
-    checkpoint = built / "hf" if (built / "hf").is_dir() else built / "source"
+    checkpoint = next(p for p in (built / "hf", built / "source", Path(model)) if p.is_dir())
     (f16,) = built.glob("*-F16.gguf")
     env = {"PYTHONPATH": str(source / "gguf-py"), "HF_HUB_OFFLINE": "1"}
     mine, its = work / "cnq.gguf", work / "llama.gguf"
@@ -194,9 +196,9 @@ def main() -> None:
     text = table(options.model, bench(options.model, options.runs), options.runs)
     print(text)
     if options.write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, rest = page.partition(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+        begin, end = (mark.format(catalog.find(options.model).name) for mark in (BEGIN, END))
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+        PAGE.write_text(f"{before.rstrip()}\n\n{begin}\n{text}\n{end}{rest.partition(end)[2] or chr(10)}", encoding="utf-8")
 
 
 if __name__ == "__main__":

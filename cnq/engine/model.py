@@ -11,7 +11,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 import psutil
 
-from ..errors import EngineError, GgufError
+from ..errors import EngineError, GgufError, listed
 from ..gguf_file import F32, GgufFile
 from . import ggml
 
@@ -94,6 +94,7 @@ class Model:
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self._no_bytes = _bytes_without_token(file)
 
     def _begin(self) -> None:
         """An empty context for the weights."""
@@ -126,9 +127,9 @@ class Model:
 
     @property
     def context_bytes(self) -> int:
-        """About what a context takes at most: keys and values as float16, and logits of n_batch tokens, twice in llama.cpp."""
+        """About what a context takes at most: keys and values as float16, logits twice in llama.cpp and once here."""
         width = int(lib.llama_model_n_layer(self._model)) * int(lib.llama_model_n_embd(self._model))
-        return 4 * self.n_ctx * width + 8 * min(self.n_batch, self.n_ctx) * self.n_vocab
+        return 4 * self.n_ctx * width + 12 * min(self.n_batch, self.n_ctx) * self.n_vocab
 
     def __enter__(self) -> "Model":
         return self
@@ -143,6 +144,11 @@ class Model:
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
+        if self._no_bytes:
+            raise EngineError(
+                f"its vocabulary has no token for {listed(self._no_bytes)}, and llama.cpp aborts at characters that are in no "
+                "token. Make the GGUF again from the model's own tokenizer."
+            )
         raw = text.encode("utf-8", "surrogatepass")
         room = len(raw) + 2
         ids = (lib.llama_token * room)()
@@ -168,19 +174,19 @@ class Model:
     def logits(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
         """(len(tokens) - first, n_vocab) float32: for each position from `first` on, the logits of the token after it.
 
-        A sequence of its own: the context is forgotten before and after. Valid until the next call.
+        A sequence of its own: the context is forgotten before and after.
         """
         self._forget(0)
-        parts = []
+        out = np.empty((len(tokens) - first, self.n_vocab), np.float32)
         for start in range(0, len(tokens), self.n_batch):
             part = tokens[start : start + self.n_batch]
             wanted = max(0, min(len(part), start + len(part) - first))
             self._decode(part, start, wanted)
             if wanted:
-                logits = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
-                parts.append(logits if start + len(part) == len(tokens) else logits.copy())
+                at = start + len(part) - wanted - first
+                out[at : at + wanted] = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
         self._forget(0)
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return out
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Run a sequence of its own for the watcher alone; every token is computed through all layers."""
@@ -274,15 +280,25 @@ def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
     path, fields, arch = file.path, file.fields, file.arch
     for key, sound, expected in (
-        ("block_count", range(1, 513), "1 to 512"),
-        ("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "none, linear, yarn or longrope"),
+        ("block_count", lambda n: n in range(1, 513), "1 to 512"),
+        ("rope.scaling.type", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
+        ("attention.layer_norm_rms_epsilon", lambda eps: isinstance(eps, float) and eps >= 0, "0 or more"),
     ):
-        value = fields.get(f"{arch}.{key}", sound[0])
-        if value not in sound:
+        value = fields.get(f"{arch}.{key}")
+        if value is not None and not sound(value):
             raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
     tokens = fields.get("tokenizer.ggml.tokens", [])
-    if not isinstance(tokens, list) or len(set(filter(None, tokens))) < len(tokens) - tokens.count(""):
+    told = [str(t).partition("\0")[0] for t in tokens] if isinstance(tokens, list) else [""]  # as C reads them
+    if not isinstance(tokens, list) or len(set(filter(None, told))) < len(told) - told.count(""):
         raise GgufError(f"{path} says tokenizer.ggml.tokens is not a list of different tokens. Download or make it again.")
+
+
+def _bytes_without_token(file: GgufFile) -> list[str]:
+    """Names of byte tokens that a SentencePiece vocabulary lacks: every text that has no other token is made of them."""
+    if file.fields.get("tokenizer.ggml.model") != "llama":
+        return []
+    known = set(file.fields.get("tokenizer.ggml.tokens", []))
+    return [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known]
 
 
 def _sampler(sampling: Sampling, n_vocab: int) -> object:
