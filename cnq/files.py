@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -90,6 +91,16 @@ def require_space(folder: Path, need: int) -> None:
         raise NoSpace(
             f"{folder}: {decimal(need)} needed, {decimal(free)} free. Make room, or name an output on another disk (--out)."
         )
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what can be made again: $XDG_CACHE_HOME/cnq, or what the system has in its place."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if Path(given).is_absolute():
+        return Path(given) / "cnq"
+    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
+        return Path(local) / "cnq" / "cache"
+    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "cnq"
 
 
 def sha256(path: Path) -> str:

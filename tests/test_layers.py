@@ -10,9 +10,9 @@ CNQ = ROOT / "cnq"
 
 # A module imports only from those before it.
 ORDER = [
-    "errors", "files", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog", "archs", "vocab",
-    "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores", "evaluate", "choices",
-    "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
+    "archs", "vocab", "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores",
+    "evaluate", "choices", "speed", "trials", "bench", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint"], "sentencepiece": ["vocab"], "huggingface_hub": ["catalog"],
          "matplotlib": ["report"]}  # fmt: skip
