@@ -20,7 +20,13 @@ CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_
 FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
 
 
-class Cli(click.Group):
+class Command(click.Command):
+    """A command that ends in one line when something is wrong with its input; of `cnq`, or a program by itself."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        _prepare()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -29,6 +35,10 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-made was left behind", err=True)
             sys.exit(130)
+
+
+class Cli(click.Group):
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the road
@@ -43,6 +53,10 @@ def cli() -> None:
     cnq build tiny                       the whole road with a small model
     cnq build 7b -t Q4_K_M -t Q5_K_M     Chinese-Alpaca-2-7B in two sizes
     """
+    _prepare()
+
+
+def _prepare() -> None:
     logging.getLogger("gguf").setLevel(logging.ERROR)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -309,6 +323,21 @@ def inspect(gguf: Path, as_json: bool) -> None:
         terminal.emit(statistics(read_imatrix(gguf)), as_json, terminal.show_statistics)
         return
     terminal.emit(inspect(gguf), as_json, terminal.show_inspected)
+
+
+@cli.command()
+@click.option("--online", is_flag=True, help="Ask the model hub and the package index, too, whether they answer.")
+@JSON
+def doctor(online: bool, as_json: bool) -> None:
+    """Look at this machine: what runs here and how fast to expect, whether llama.cpp is built for it, what is missing.
+
+    \b
+    cnq doctor
+    """
+    from .doctor import doctor
+    from .doctor_text import show
+
+    terminal.emit(doctor(online=online), as_json, show)
 
 
 @cli.command()

@@ -93,14 +93,20 @@ def require_space(folder: Path, need: int) -> None:
         )
 
 
-def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again: $XDG_CACHE_HOME/cnq, or what the system has in its place."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if Path(given).is_absolute():
-        return Path(given) / "cnq"
-    if sys.platform == "win32" and (local := os.environ.get("LOCALAPPDATA")):
-        return Path(local) / "cnq" / "cache"
-    return Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache") / "cnq"
+def user_dir(kind: str) -> Path:
+    """Where cnq keeps what is the user's: kind is state or cache. XDG's base directories; on Windows, LOCALAPPDATA. Not made.
+
+    Raises CnqError for a user without a home.
+    """
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else f"XDG_{kind.upper()}_HOME", "")
+    if not Path(base).is_absolute():
+        try:
+            base = str(Path.home() / (".cache" if kind == "cache" else ".local/state"))
+        except RuntimeError:
+            raise CnqError(
+                f"this user has no home directory. Set XDG_{kind.upper()}_HOME to a folder you may write to."
+            ) from None
+    return Path(base) / "cnq" / kind if sys.platform == "win32" else Path(base) / "cnq"
 
 
 def sha256(path: Path) -> str:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import GgufError
-from .files import cache_folder, replacing
+from .files import replacing, user_dir
 from .machine import logical_cores, this_machine
 
 _HEAD = 1 << 20  # bytes that tell a GGUF from others of its size: its metadata stands first
@@ -79,4 +79,4 @@ def _record(gguf: Path) -> Path:
     build = distribution("llama-cpp-python")
     where = (this_machine().cpu, this_machine().cores, logical_cores(), build.version, build.read_text("RECORD"))
     identity.update(repr(where).encode())
-    return cache_folder() / "tuning" / f"{identity.hexdigest()[:32]}.json"
+    return user_dir("cache") / "tuning" / f"{identity.hexdigest()[:32]}.json"

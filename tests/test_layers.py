@@ -12,7 +12,8 @@ CNQ = ROOT / "cnq"
 ORDER = [
     "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
     "archs", "vocab", "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores",
-    "evaluate", "choices", "speed", "trials", "bench", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "chat", "ollama", "build", "terminal",
+    "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint"], "sentencepiece": ["vocab"], "huggingface_hub": ["catalog"],
          "matplotlib": ["report"]}  # fmt: skip
