@@ -16,7 +16,7 @@ import psutil
 
 from . import __version__
 from .engine.child import Child
-from .errors import EngineError
+from .errors import CnqError, EngineError
 from .files import decimal
 from .gguf_file import TYPE_BY_NAME, GgufFile
 from .machine import free_memory, logical_cores, physical_cores, this_machine
@@ -73,7 +73,8 @@ class Drift:
 class Bench:
     """before, after: tokens a second of a prompt and of an answer, as llama.cpp runs it by itself and as tuned.
 
-    n_prompt, n_gen: tokens of a trial. n_compared: tokens that drifts were measured on. record: where it is remembered.
+    n_prompt, n_gen: tokens of a trial. n_compared: tokens that drifts were measured on. record: where it is
+    remembered, None when that failed.
     """
 
     path: Path
@@ -86,7 +87,7 @@ class Bench:
     n_gen: int
     rounds: int
     n_compared: int
-    record: Path
+    record: Path | None
     estimate: float
     seconds: float
     notes: tuple[str, ...]
@@ -104,7 +105,7 @@ def bench(
 
     quick: fewer and shorter trials. type_kv: what keys and values are kept in, F16 or Q8_0; None = Q8_0 only where the
     machine's memory is too small for F16. say: hears how long it will take, before it begins.
-    Raises GgufError, EngineError with llama.cpp's words or the signal that killed it, CnqError (no record can be written).
+    Raises GgufError, EngineError with llama.cpp's words or the signal that killed it.
     """
     file = GgufFile(gguf)
     rounds, budget = _QUICK if quick else _BUDGET
@@ -128,6 +129,7 @@ class _Search:
         self.file, self.child, self.rounds, self.progress = file, child, rounds, progress
         self.room = min(N_CTX, file.n_ctx or N_CTX) - 1  # tokens of a trial at most
         self.size = file.path.stat().st_size
+        self.divides = not any(size % 32 for size in file.head_sizes)  # into Q8_0's blocks
         self.notes: list[str] = []
         self.done = self.total = 0
 
@@ -154,25 +156,27 @@ class _Search:
         if type_kv == plain.type_kv and median(_ratios(before, after, "turn")) < 1:
             self.notes.append("all together was no faster than llama.cpp's own choice, which is kept")
             present, after = plain, before
-        drifts, n_compared = self._drifts()
+        drifts, n_compared = self._drifts(plain)
         found = Bench(
             self.file.path, present, _rates(before), _rates(after), tuple(knobs), drifts, self.n_prompt, self.n_gen,
-            self.rounds, n_compared, self.file.path, estimate, time.perf_counter() - started, tuple(self.notes),
+            self.rounds, n_compared, None, estimate, time.perf_counter() - started, tuple(self.notes),
         )  # fmt: skip
         facts = {key: value for key, value in asdict(found).items() if key not in ("path", "tuned", "record")}
-        return replace(found, record=remember(self.file.path, present, {"cnq": __version__, "found": facts}))
+        try:
+            return replace(found, record=remember(self.file.path, present, {"cnq": __version__, "found": facts}))
+        except CnqError as error:
+            return replace(found, notes=(*found.notes, f"not remembered: {error}"))
 
     def _kv(self, wanted: str | None) -> str:
         """What keys and values are to be kept in."""
-        divides = not any(size % 32 for size in self.file.head_sizes)
-        if wanted == "Q8_0" and not divides:
+        if wanted == "Q8_0" and not self.divides:
             raise EngineError(f"{self.file.path}: heads of {self.file.head_sizes[0]} do not divide into Q8_0's blocks of 32.")
         if wanted:
             return wanted
         n_ctx = min(self.file.n_ctx or _CHAT_CTX, _CHAT_CTX)
         numbers, memory = n_ctx * self.file.kv_width, this_machine().memory
         need, smaller = (self.size + numbers * TYPE_BY_NAME[type].bits / 8 for type in ("F16", "Q8_0"))
-        if need <= memory or smaller > memory or not divides:
+        if need <= memory or smaller > memory or not self.divides:
             return "F16"
         self.notes.append(
             f"keys and values are kept as Q8_0, which changes answers a little: as F16 the model with {n_ctx} tokens of "
@@ -194,7 +198,7 @@ class _Search:
         yield _Trial("batch", "prompt", (plain.batch, 128, 256))
         if twice and _may_lock(self.size):
             yield _Trial("mlock", "answer", (False, True))
-        if not any(size % 32 for size in self.file.head_sizes):
+        if self.divides:
             yield _Trial("type_kv", "turn", (type_kv, "Q8_0" if type_kv == "F16" else "F16"))
         if not twice:
             self.notes.append("repack and mlock were not tried: the model does not fit into the free memory twice")
@@ -240,12 +244,12 @@ class _Search:
         answer = self.child.ask("time", request | {"n_prompt": n_prompt, "n_gen": n_gen, "rounds": rounds}, hear)
         return [[(read, written) for read, written in way] for way in answer]
 
-    def _drifts(self) -> tuple[tuple[Drift, ...], int]:
+    def _drifts(self, plain: Tuned) -> tuple[tuple[Drift, ...], int]:
         """What flash attention changes, and Q8_0 with it; on how many tokens that was seen."""
         n = min(max(_COMPARED, self.n_prompt), self.room)
-        ways = [Tuned(flash_attn=False, type_kv="F32"), Tuned(flash_attn=False), Tuned()]
-        if not any(size % 32 for size in self.file.head_sizes):
-            ways.append(Tuned(type_kv="Q8_0"))
+        ways = [replace(plain, flash_attn=False, type_kv="F32"), replace(plain, flash_attn=False), plain]
+        if self.divides:
+            ways.append(replace(plain, type_kv="Q8_0"))
         found = self.child.ask("compare", {"gguf": str(self.file.path), "ways": [asdict(way) for way in ways], "n": n})
         return tuple(Drift(way.flash_attn, way.type_kv, *f) for way, f in zip(ways[1:], found, strict=True)), n
 

@@ -32,7 +32,7 @@ def _machine(found: Checkup) -> Iterable[tuple[str, str]]:
     yield "指令 instructions", _UNKNOWN if found.instructions is None else " ".join(found.instructions)
     yield "内存 memory", f"{size(m.memory)}, 空闲 free {size(found.free_memory)}"
     if found.rates:
-        how = f"llama.cpp, F16, {found.read_bytes >> 20} MiB × {m.cores} threads, 中位数 median of 5"
+        how = f"llama.cpp, F16, {found.read_bytes >> 20} MiB × {m.cores} threads, 中位数 median of 7"
         yield "带宽 bandwidth", f"{found.rates['F16'] / 1e9:.1f} GB/s 读 read ({how})"
 
 
@@ -56,9 +56,9 @@ def _fits(found: Checkup) -> None:
     click.echo()
     click.echo(click.style("模型 models", bold=True) + "  预计每秒词元数 tokens a second to expect")
     _grid([head, *rows], right=True)
-    _wrapped("", "文件和上下文以 Q4_K_M 计 file and context: as Q4_K_M")
-    _wrapped("", "— 内存不够 too little memory    * 先关掉别的程序 close other programs first")
-    _wrapped("", "实测 to measure: cnq bench M.gguf")
+    click.echo("文件和上下文以 Q4_K_M 计 file and context: as Q4_K_M")
+    click.echo("— 内存不够 too little memory    * 先关掉别的程序 close other programs first")
+    click.echo("实测 to measure: cnq bench M.gguf")
 
 
 def _speed(fit: Fit) -> str:

@@ -210,7 +210,7 @@ def show_bench(found: "Bench") -> None:
     )
     for name, before, after in zip(("prompt", "answer"), found.before, found.after, strict=True):
         click.echo(f"{name}: {before:.1f} tok/s as llama.cpp has it, {after:.1f} as tuned, in turns")
-    click.echo(f"remembered in {found.record}, after {found.seconds:.0f} s")
+    click.echo(f"{found.seconds:.0f} s; remembered in {found.record}" if found.record else f"{found.seconds:.0f} s")
 
 
 def stream(pieces: Iterator[str]) -> None:

@@ -233,11 +233,20 @@ def test_a_llama_cpp_that_dies_is_advice_and_the_rest_is_told(monkeypatch, tmp_p
     monkeypatch.setattr(children.subprocess, "Popen", dying)
     found = doctor(tmp_path)
     assert "SIGKILL" in found.advice[0].en
+    assert "SIGKILL" in found.advice[0].zh
     assert "pip install" in found.advice[0].command
     assert (found.build, found.rates, found.fits) == ({}, {}, ())
     terminal.emit(found, True, show)
     assert json.loads(capsys.readouterr().out)["free_disk"] > 0
     show(found)
+
+
+def test_speeds_are_not_measured_without_memory_for_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctors, "free_memory", lambda: 500_000_000)
+    found = doctor(tmp_path)
+    assert found.build
+    assert (found.rates, found.fits) == ({}, ())
+    assert any("memory" in a.en for a in found.advice)
 
 
 def test_a_busy_machine_is_said(monkeypatch, tmp_path):

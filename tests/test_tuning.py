@@ -18,11 +18,19 @@ from cnq.cli import cli
 from cnq.engine import child as children
 from cnq.engine.model import Model, Sampling
 from cnq.errors import EngineError, GgufError
+from cnq.gguf_file import GgufFile
 from cnq.machine import Machine
 from cnq.trials import _Trials
 from cnq.tuning import PLAIN, Tuned, best, remember
 
 OTHER = Tuned(threads=3, threads_batch=2, batch=64, flash_attn=False, type_kv="F16", mlock=True, repack=False)
+
+
+@pytest.fixture(autouse=True)
+def one_core(monkeypatch) -> None:
+    """Threads that wait for each other take long where others compute, too."""
+    monkeypatch.setattr(benching, "physical_cores", lambda: 1)
+    monkeypatch.setattr(benching, "logical_cores", lambda: 1)
 
 
 @pytest.fixture
@@ -163,11 +171,24 @@ def test_a_chat_is_run_as_bench_chose(gguf, folder):
 # What is chosen
 
 
+def test_threads_are_tried_around_the_number_of_cores(gguf, monkeypatch):
+    def counts(cores, threads):
+        monkeypatch.setattr(benching, "logical_cores", lambda: threads)
+        search = benching._Search(GgufFile(gguf()), None, 1, print)
+        return next(search._trials(Tuned(threads=cores), "F16")).values
+
+    assert counts(1, 1) == (1,)
+    assert counts(2, 4) == (2, 1, 4)
+    assert counts(8, 16) == (8, 4, 6, 16)
+
+
 @pytest.fixture(scope="module")
 def found(wide_gguf, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setattr(tuning, "user_dir", lambda kind: folder)
+        patch.setattr(benching, "physical_cores", lambda: 1)
+        patch.setattr(benching, "logical_cores", lambda: 1)
         said: list[str] = []
         ticks: list[tuple[int, int]] = []
         result = bench(wide_gguf, quick=True, say=said.append, progress=lambda done, total: ticks.append((done, total)))
@@ -283,6 +304,15 @@ def test_bench_on_the_command_line(gguf, folder):
     assert "remembered in" in result.output
     assert "type_kv" not in result.output, "its heads are too small for Q8_0"
     assert CliRunner().invoke(cli, ["bench", "none.gguf"]).exit_code == 1
+
+
+def test_what_cannot_be_remembered_is_shown_all_the_same(gguf, monkeypatch, tmp_path):
+    (tmp_path / "cache").write_text("no folder")
+    monkeypatch.setattr(tuning, "user_dir", lambda kind: tmp_path / kind)
+    result = CliRunner().invoke(cli, ["bench", str(gguf(max_position_embeddings=64)), "--quick"])
+    assert result.exit_code == 0, result.output
+    assert "times as fast" in result.output
+    assert "not remembered" in result.output
 
 
 def test_keys_and_values_of_8_bits_when_asked(gguf, folder):

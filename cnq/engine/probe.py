@@ -6,6 +6,8 @@ A process of its own: a llama.cpp compiled for instructions that this processor 
 import ctypes
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import llama_cpp.llama_cpp as lib
 
@@ -14,8 +16,8 @@ from ..gguf_file import F32, TYPE_BY_NAME
 from .child import Tell, serve
 
 _COLUMNS = 4096  # as in a 7B model
-_ROUNDS = 5
-_ROOM = 64 << 20  # bytes for what ggml needs besides the weights
+_ROUNDS = 7
+_ROOM = 16 << 20  # bytes for what ggml needs besides the weights
 
 
 class _InitParams(ctypes.Structure):
@@ -52,11 +54,25 @@ def _build(tell: Tell) -> dict[str, str]:
 
 
 def _read(tell: Tell, types: list[str], nbytes: int, threads: int) -> dict[str, float]:
-    """Bytes of weights a second, by type: what a matrix of `nbytes` times a vector takes, once to warm up, then the median."""
-    return {type: _rate(type, nbytes, threads) for type in types}
+    """Bytes of weights a second, by type: what a matrix of `nbytes` times a vector takes, once to warm up, then the median.
+
+    The types take turns, so that what else the machine does meets all of them.
+    """
+    seconds: dict[str, list[float]] = {type: [] for type in types}
+    with ExitStack() as stack:
+        products = {type: stack.enter_context(_product(type, nbytes)) for type in types}
+        for _ in range(1 + _ROUNDS):
+            for type, (context, graph, _) in products.items():
+                started = time.perf_counter()
+                if status := _compute(context, graph, threads):
+                    raise EngineError(f"llama.cpp could not multiply a matrix of {type}: status {status}.")
+                seconds[type].append(time.perf_counter() - started)
+        return {type: size / statistics.median(seconds[type][1:]) for type, (_, _, size) in products.items()}
 
 
-def _rate(type: str, nbytes: int, threads: int) -> float:
+@contextmanager
+def _product(type: str, nbytes: int) -> Iterator[tuple[int, int, int]]:
+    """A matrix of about `nbytes` to be multiplied with a vector: (ggml's context, its graph, the matrix's bytes)."""
     known = TYPE_BY_NAME[type]
     context = _init(_InitParams(nbytes + _ROOM, None, False))  # which aborts when there is not so much memory
     try:
@@ -66,13 +82,7 @@ def _rate(type: str, nbytes: int, threads: int) -> float:
             ctypes.memset(_data(tensor), 0, _nbytes(tensor))  # zeros are numbers in every type, and real pages when written
         graph = _graph(context)
         _expand(graph, _mul_mat(context, weights, vector))
-        seconds = []
-        for _ in range(1 + _ROUNDS):
-            started = time.perf_counter()
-            if status := _compute(context, graph, threads):
-                raise EngineError(f"llama.cpp could not multiply a matrix of {type}: status {status}.")
-            seconds.append(time.perf_counter() - started)
-        return int(_nbytes(weights)) / statistics.median(seconds[1:])
+        yield context, graph, int(_nbytes(weights))
     finally:
         _free(context)
 
