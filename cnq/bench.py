@@ -136,7 +136,7 @@ class _Search:
     def run(self, wanted_kv: str | None, budget: float, say: Callable[[str], object]) -> Bench:
         started = time.perf_counter()
         if (load := psutil.getloadavg()[0]) > logical_cores() / 2:
-            self.notes.append(f"other programs keep this machine busy (load {load:.1f}): bench again when it is quiet")
+            self.notes.append(f"other programs keep this machine busy (load {load:.1f}): bench again later")
         type_kv = self._kv(wanted_kv)
         plain = Tuned(threads=physical_cores(), threads_batch=physical_cores())
         trials = tuple(self._trials(plain, type_kv))
@@ -154,7 +154,7 @@ class _Search:
             present = ways[kept]
         before, after = self._time([plain, present], "turn")
         if type_kv == plain.type_kv and median(_ratios(before, after, "turn")) < 1:
-            self.notes.append("all together was no faster than llama.cpp's own choice, which is kept")
+            self.notes.append("all together it was no faster than llama.cpp's own choice, which is kept")
             present, after = plain, before
         drifts, n_compared = self._drifts(plain)
         found = Bench(
@@ -203,7 +203,7 @@ class _Search:
         if not twice:
             self.notes.append("repack and mlock were not tried: the model does not fit into the free memory twice")
         elif not _may_lock(self.size):
-            self.notes.append("mlock was not tried: this system does not let so much memory be locked (ulimit -l)")
+            self.notes.append("mlock was not tried: the system does not let so much be locked (ulimit -l)")
 
     def _narrowed(self, trial: _Trial) -> _Trial:
         """Without batches that are alike, because the trial's prompt fits into one."""
@@ -217,7 +217,8 @@ class _Search:
         started = time.perf_counter()
         self._ask([plain], *probe, 1)
         loading = time.perf_counter() - started
-        prompt, answer = self._ask([plain], *probe, 1)[0][0]
+        (found,) = self._ask([plain], *probe, 3)
+        prompt, answer = (min(seconds) for seconds in zip(*found, strict=True))
         reads, writes = (
             2 + sum(len(t.values) for t in trials if t.measure in (measure, "turn")) for measure in ("prompt", "answer")
         )

@@ -319,7 +319,8 @@ class GgufFile:
         """Numbers that all layers together keep of a token: its keys and values. 0 when the file does not say."""
         per_layer = self.fields.get(f"{self.arch}.attention.head_count_kv")
         same = self._count("attention.head_count_kv") or self._count("attention.head_count")
-        heads = sum(per_layer) if isinstance(per_layer, list) else self._count("block_count") * same
+        listed = [n for n in per_layer if isinstance(n, int)] if isinstance(per_layer, list) else None
+        heads = self._count("block_count") * same if listed is None else sum(listed)
         return heads * sum(self.head_sizes)
 
     def _count(self, key: str) -> int:

@@ -205,12 +205,17 @@ def show_bench(found: "Bench") -> None:
         for d in found.drifts
     ]
     table(("keys, values", "flash attention", "KLD", "same top"), drifts)
-    click.echo(
-        f"KLD: against attention in float32, on {found.n_compared} tokens of Chinese text; the first row is the yardstick"
-    )
+    click.echo(f"KLD: against attention in float32, {found.n_compared} tokens of Chinese; the first is the yardstick")
     for name, before, after in zip(("prompt", "answer"), found.before, found.after, strict=True):
         click.echo(f"{name}: {before:.1f} tok/s as llama.cpp has it, {after:.1f} as tuned, in turns")
-    click.echo(f"{found.seconds:.0f} s; remembered in {found.record}" if found.record else f"{found.seconds:.0f} s")
+    if found.record:
+        click.echo(f"remembered: {_home(found.record)}")
+
+
+def _home(path: Path) -> str:
+    """The path, shorter."""
+    home = Path.home()
+    return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
 def stream(pieces: Iterator[str]) -> None:
@@ -225,10 +230,11 @@ class Progress:
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
+        self._above: Callable[[str], object] = lambda text: click.echo(text, err=True)
 
     def say(self, text: str) -> None:
         if not self.quiet:
-            click.echo(text, err=True)
+            self._above(text)
 
     def skipped(self, path: Path) -> None:
         self.say(f"{path} is up to date")
@@ -251,4 +257,6 @@ class Progress:
         )
         with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bars:
             task = bars.add_task(what, total=None)
+            before, self._above = self._above, lambda text: bars.console.print(text, markup=False, highlight=False)
             yield lambda done, total: bars.update(task, completed=done, total=total)
+            self._above = before

@@ -158,6 +158,18 @@ def test_a_batch_is_filled_for_every_pass(gguf):
     np.testing.assert_allclose(whole, single, atol=0.01)  # other roundings to float16
 
 
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_what_a_token_takes_in_the_context_is_told_from_the_file(gguf, kv_heads):
+    """Against what llama.cpp writes of a context: keys and values in two bytes each, and a little besides."""
+    path = gguf(num_key_value_heads=kv_heads)
+    with Model(path, n_ctx=256) as model:
+        sizes = []
+        for n in (50, 150):
+            model.next_logits([3] * n)
+            sizes.append(lib.llama_state_seq_get_size(model._ctx, 0))
+    assert 0 <= (sizes[1] - sizes[0]) / 100 - 2 * GgufFile(path).kv_width <= 32
+
+
 def test_a_chat_is_run_as_bench_chose(gguf, folder):
     path = gguf(vocab="spm-added")
     remember(path, Tuned(threads=1, threads_batch=3, batch=64), {})
@@ -301,7 +313,7 @@ def test_a_crash_of_native_code_is_one_error(gguf, folder, monkeypatch):
 def test_bench_on_the_command_line(gguf, folder):
     result = CliRunner().invoke(cli, ["bench", str(gguf(max_position_embeddings=64)), "--quick"])
     assert result.exit_code == 0, result.output
-    assert "remembered in" in result.output
+    assert "remembered: " in result.output
     assert "type_kv" not in result.output, "its heads are too small for Q8_0"
     assert CliRunner().invoke(cli, ["bench", "none.gguf"]).exit_code == 1
 

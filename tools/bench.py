@@ -10,7 +10,6 @@ the model's last one.
 import argparse
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from cnq import catalog
 from cnq.corpus import peoples_daily
 from cnq.gguf_file import GgufFile
 from cnq.imatrix_file import read_imatrix
+from cnq.machine import this_machine
 from cnq.speed import measure_speed
 
 ROOT = Path(__file__).parents[1]
@@ -166,7 +166,7 @@ def table(model: str, rows: list[Row], runs: int) -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     lines = [
         f"`python tools/bench.py {model} --runs {runs}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, "
-        f"{os.cpu_count()} cores, {_cpu()}.",
+        f"{os.cpu_count()} cores, {this_machine().cpu}.",
         "",
         "| step | against | ratio: median (least – most) | goal | median seconds, cnq / llama.cpp | outputs |",
         "|---|---|---|---|---|---|",
@@ -177,14 +177,6 @@ def table(model: str, rows: list[Row], runs: int) -> str:
             f"| {r.step} | {r.reference} | {spread} | ≤ {r.goal:.2f} | {r.seconds[0]:.3g} / {r.seconds[1]:.3g} | {r.check} |"
         )
     return "\n".join(lines)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
