@@ -343,7 +343,7 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 def random_tensors(folder: Path) -> dict[str, np.ndarray]:
     """What the checkpoint holds, in float32."""
     settings = json.loads((folder / "config.json").read_text())
-    return {name: tiny.values(name, shape) for name, _, _, shape in tiny.of_config(settings).expected(settings)}
+    return {name: tiny.values(name, shape) for name, shape in tiny.of_config(settings).expected(settings).items()}
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -886,7 +886,7 @@ ODD_METADATA: dict[str, tuple[dict[str, tuple[int, bytes] | None], tuple[str, ..
     "scaling": ({"llama.rope.scaling.type": (STRING, string("spiral"))}, ("rope scaling 'spiral'",)),
     "scaling, a number": ({"llama.rope.scaling.type": NUMBERS}, ("rope scaling [7]",)),
     "yarn of nothing": ({"llama.rope.scaling.type": (STRING, string("yarn"))}, ("original_max_position_embeddings",)),
-    "other sizes": ({"llama.feed_forward_length": u32(128)}, ("gate_proj.weight is (96, 64), by its metadata it should be",)),
+    "other sizes": ({"llama.feed_forward_length": u32(128)}, ("ffn_gate.weight is (96, 64), by its metadata it should be",)),
     "no tokenizer": ({"tokenizer.ggml.model": None}, ("tokenizer is of type None", "llama and gpt2")),
     "no tokens": ({"tokenizer.ggml.tokens": None}, ("tokenizer is not in order", "tokenizer.ggml.tokens")),
     "tokens are a number": ({"tokenizer.ggml.tokens": u32(7)}, ("tokenizer is not in order",)),

@@ -69,7 +69,7 @@ def checkpoint(
 
 
 def weights(folder: Path, config: dict[str, Any], dtype: str, shards: int = 1) -> None:
-    tensors = {name: values(name, shape) for name, _, _, shape in of_config(config).expected(config)}
+    tensors = {name: values(name, shape) for name, shape in of_config(config).expected(config).items()}
     files: dict[str, dict[str, np.ndarray]] = {}
     for i, (name, value) in enumerate(tensors.items()):
         file = "model.safetensors" if shards == 1 else f"model-{i * shards // len(tensors) + 1:05}-of-{shards:05}.safetensors"
