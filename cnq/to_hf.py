@@ -95,7 +95,7 @@ def _plan(checkpoint: Checkpoint, name: str, target: TensorType, widened: bool) 
     shape = checkpoint.entries[name].shape
     type = target
     if widened and target != F32:
-        values = checkpoint.read(name).float32()
+        values = checkpoint.read(name).float32().reshape(-1)
         narrowed = np.concatenate([_widened(c, target) for c in encoded(checkpoint.read(name), target)])
         type = target if np.array_equal(narrowed, values) else F32
 

@@ -4,10 +4,16 @@ from typing import Any
 
 from ..errors import CheckpointError, UnsupportedArch, listed
 from .arch import Arch
+from .baichuan import BAICHUAN
+from .internlm2 import INTERNLM2
 from .llama import LLAMA
+from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .qwen2 import QWEN2
+from .qwen3 import QWEN3
+from .yi import YI
 
-ARCHS = (LLAMA, QWEN2)
+ARCHS = (LLAMA, MISTRAL, MIXTRAL, YI, QWEN2, QWEN3, INTERNLM2, BAICHUAN)
 
 
 def of_config(config: dict[str, Any]) -> Arch:

@@ -70,6 +70,8 @@ class Arch:
             raise wrong(EXPERTS_USED, config[EXPERTS_USED], f"no more than {EXPERTS}, which is {config[EXPERTS]}")
         if (heads := config["num_attention_heads"]) % (kv := n_heads(config, "num_key_value_heads")):
             raise wrong("num_key_value_heads", kv, f"a divisor of num_attention_heads, which is {heads}")
+        if not config.get("head_dim") and config["hidden_size"] % heads:
+            raise wrong("num_attention_heads", heads, f"a divisor of hidden_size, which is {config['hidden_size']}")
         if (size := head_dim(config)) % 2:
             raise wrong("head_dim", size, "an even number: rotary attention turns pairs")
         if not positive(config.get("rms_norm_eps")):
