@@ -25,6 +25,7 @@ import tiny
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
+from cnq import convert as converting
 from cnq.cli import cli
 from cnq.errors import CnqError, GgufError
 from cnq.gguf_file import GgufFile
@@ -1019,6 +1020,9 @@ def test_metadata_that_cannot_be(gguf, tmp_path, case):
 ODD_FAMILIES: dict[str, tuple[str, dict[str, tuple[int, bytes] | None], tuple[str, ...]]] = {
     "experts in words": ("mixtral", {"llama.expert_count": TEXT}, ("llama.expert_count = 'seven', expected",)),
     "fewer experts": ("mixtral", {"llama.expert_count": u32(3)}, ("ffn_gate_inp.weight is (4, 64), by its", "(3, 64)")),
+    "none chosen": ("mixtral", {"llama.expert_used_count": u32(0)}, ("expert_used_count = 0, expected",)),
+    "no word of how many are chosen": ("mixtral", {"llama.expert_used_count": None}, ("has no llama.expert_used_count",)),
+    "a million experts": ("mixtral", {"llama.expert_count": u32(10**6)}, ("expert_count = 1000000, expected",)),
     "too many chosen": ("mixtral", {"llama.expert_used_count": u32(5)}, ("num_experts_per_tok is 5", "no more than")),
     "dense, it says": ("mixtral", {"llama.expert_count": None}, ("LlamaForCausalLM does not have: blk.0.ffn_down_exps",)),
     "experts, it says": ("qwen2", {"qwen2.expert_count": u32(4)}, ("architecture qwen2 with experts", "cnq knows llama")),
@@ -1034,12 +1038,18 @@ def test_metadata_that_its_family_cannot_have(gguf, tmp_path, case):
     family, changes, saying = ODD_FAMILIES[case]
     altered(gguf(family=family), path := tmp_path / "model.gguf", changes)
     refused(tmp_path, "to-hf", path, tmp_path / "out", saying=saying)
+    child = process(tmp_path, "chat", path, "--prompt", "x", "--format", "chatml", "--max-tokens", 1)
+    _, stderr = child.communicate()
+    assert child.returncode in (0, 1), stderr
+    assert "Traceback" not in stderr
 
 
-def test_a_part_of_a_packed_tensor_is_missing(gguf, tmp_path):
-    path = tmp_path / "model.gguf"
-    path.write_bytes(gguf(family="internlm2").read_bytes().replace(b"blk.1.attn_k.weight", b"blk.9.attn_k.weight"))
-    refused(tmp_path, "to-hf", path, tmp_path / "out", saying=("InternLM2ForCausalLM does not have: blk.9.attn_k.weight",))
+def test_a_part_of_a_packed_tensor_is_missing(originals, tmp_path, monkeypatch):
+    plan = converting._plan
+    monkeypatch.setattr(converting, "_plan", lambda *args: [t for t in plan(*args) if t.name != "blk.1.attn_k.weight"])
+    path = converting.convert(originals(family="internlm2"), tmp_path / "model.gguf").path
+    missing = "1 of 17 tensors are missing: model.layers.1.attention.wqkv.weight"
+    refused(tmp_path, "to-hf", path, tmp_path / "out", saying=(missing,))
 
 
 def test_ids_that_no_token_has_mean_none(gguf, tmp_path):

@@ -1,8 +1,8 @@
 """The words for where a family's tensors go: renamed, reordered, unpacked or stacked, and all of it undone again."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -86,6 +86,14 @@ class Link:
         if self.heads:
             data = data.reshape(self.heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
         return data
+
+
+def grouped(links: Iterable[Link], side: Literal["hf", "gguf"]) -> dict[str, list[Link]]:
+    """The links by the name that they have on one side, in their order."""
+    found: dict[str, list[Link]] = {}
+    for link in links:
+        found.setdefault(getattr(link, side), []).append(link)
+    return found
 
 
 def gguf_shape(links: Sequence[Link]) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..archs.arch import Arch
-from ..archs.tensors import Config, Link
+from ..archs.tensors import Config, Link, grouped
 from ..errors import CheckpointError, listed
 from ..gguf_file import Tensor, TensorType
 
@@ -60,13 +60,8 @@ class Checkpoint:
             )
         for name, shape in expected.items():
             require_shape(self.path, name, self.entries[name].shape, shape, config)
-        by_hf: dict[str, list[Link]] = {}
-        for link in self.arch.links(self.config):
-            by_hf.setdefault(link.hf, []).append(link)
-        placed: dict[str, list[Link]] = {}
-        for name in self.entries:
-            for link in by_hf[name]:
-                placed.setdefault(link.gguf, []).append(link)
+        by_hf = grouped(self.arch.links(self.config), "hf")
+        placed = grouped((link for name in self.entries for link in by_hf[name]), "gguf")
         return {name: sorted(links, key=lambda link: link.expert or 0) for name, links in placed.items()}
 
 

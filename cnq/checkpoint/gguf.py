@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from .. import archs, vocab
-from ..archs.arch import head_dim
+from ..archs.arch import Arch, head_dim
 from ..archs.hparams import config_of, hparams, llama3_factors
-from ..archs.tensors import Link, gguf_shape, pack
+from ..archs.tensors import Link, gguf_shape, grouped, pack
 from ..errors import CheckpointError, listed
 from ..gguf_file import BF16, F16, F32, GgufFile, Tensor, TensorType
 from .checkpoint import Checkpoint, Entry, require_shape
@@ -40,37 +40,37 @@ def open_gguf(path: Path) -> Checkpoint:
         pass
     if _ROPE in file.tensors:
         config["rope_scaling"] = _llama3_scaling(path, file, config)
-    by_hf: dict[str, list[Link]] = {}
-    by_gguf: dict[str, list[Link]] = {}
-    for link in arch.links(config):
-        by_hf.setdefault(link.hf, []).append(link)
-        by_gguf.setdefault(link.gguf, []).append(link)
-    if unknown := file.tensors.keys() - by_gguf.keys() - {_ROPE}:
-        raise CheckpointError(
-            f"{path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}. "
-            "It is of a variant that cnq does not know: take the model's own checkpoint."
-        )
-
-    for name, links in by_gguf.items():
-        if name in file.tensors:
-            found, shape = file.tensors[name].shape, gguf_shape(links)
-            dropped = (1,) * (len(shape) - len(found))  # ggml writes no last dimensions of 1: a single expert
-            require_shape(path, name, dropped + found, shape, "its metadata")
+    links = list(arch.links(config))
+    _require_known(file, arch, grouped(links, "gguf"))
+    whole = {hf: of for hf, of in grouped(links, "hf").items() if all(link.gguf in file.tensors for link in of)}
+    shapes = arch.expected(config)
 
     def tokenizer(scratch: Path) -> Path:
         vocab.write(file.fields, scratch)
         return scratch
 
-    whole = {hf: links for hf, links in by_hf.items() if all(link.gguf in file.tensors for link in links)}
-    shapes = arch.expected(config)
     return Checkpoint(
         path=path,
         arch=arch,
         config=config,
-        entries={hf: _entry(file, links, shapes[hf]) for hf, links in whole.items()},
+        entries={hf: _entry(file, of, shapes[hf]) for hf, of in whole.items()},
         read=lambda name: _read(file, whole[name]),
         tokenizer=tokenizer,
     )
+
+
+def _require_known(file: GgufFile, arch: Arch, by_gguf: dict[str, list[Link]]) -> None:
+    """Raise CheckpointError for a tensor that is no tensor of the family, or of another shape than the metadata says."""
+    if unknown := file.tensors.keys() - by_gguf.keys() - {_ROPE}:
+        raise CheckpointError(
+            f"{file.path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}. "
+            "It is of a variant that cnq does not know: take the model's own checkpoint."
+        )
+    for name, links in by_gguf.items():
+        if name in file.tensors:
+            found, shape = file.tensors[name].shape, gguf_shape(links)
+            dropped = (1,) * (len(shape) - len(found))  # ggml writes no last dimensions of 1: a single expert
+            require_shape(file.path, name, dropped + found, shape, "its metadata")
 
 
 def _entry(file: GgufFile, links: list[Link], shape: tuple[int, ...]) -> Entry:

@@ -243,12 +243,16 @@ class Model:
 def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
     path, fields, arch = file.path, file.fields, file.arch
-    for key, sound, expected in (
-        ("block_count", range(1, 513), "1 to 512"),
-        ("rope.scaling.type", ("none", "linear", "yarn", "longrope"), "none, linear, yarn or longrope"),
+    experts = fields.get(f"{arch}.expert_count", 0)
+    chosen = range(1, experts + 1) if experts in range(1, 1025) else range(1)
+    for key, default, sound, expected in (
+        ("block_count", 1, range(1, 513), "1 to 512"),
+        ("expert_count", 0, range(1025), "0 to 1024"),
+        ("expert_used_count", 0, chosen, f"{chosen[0]} to {chosen[-1]} of {experts} experts"),
+        ("rope.scaling.type", "none", ("none", "linear", "yarn", "longrope"), "none, linear, yarn or longrope"),
     ):
-        value = fields.get(f"{arch}.{key}", sound[0])
-        if value not in sound:
+        value = fields.get(f"{arch}.{key}", default)
+        if any(v not in sound for v in (value if isinstance(value, list) else [value])):  # a list has one for each layer
             raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
     tokens = fields.get("tokenizer.ggml.tokens", [])
     if not isinstance(tokens, list) or len(set(filter(None, tokens))) < len(tokens) - tokens.count(""):
