@@ -13,7 +13,7 @@ import numpy as np
 
 from . import prompts
 from . import vocab as vocabs
-from .archs.hparams import hparams, limits, llama3_factors
+from .archs.hparams import hparams, llama3_factors, remarks
 from .archs.tensors import Link, gguf_shape, unit_rows
 from .checkpoint import Checkpoint, open_checkpoint
 from .files import replacing
@@ -97,14 +97,14 @@ def _auto(checkpoint: Checkpoint) -> TensorType:
 
 
 def _plan(checkpoint: Checkpoint, target: TensorType) -> list[Planned]:
-    """Every tensor with its type: vectors F32, matrices `target`, or F16 where rows do not fill its blocks."""
+    """Every tensor with its type: vectors and routers F32, matrices `target`, or F16 where rows do not fill its blocks."""
     planned = []
     if (factors := llama3_factors(checkpoint.config)) is not None:
         planned.append(Planned("rope_freqs.weight", F32, factors.shape, lambda: [factors]))
     for name, links in checkpoint.placed().items():
         shape = gguf_shape(links)
-        vector = len(shape) == 1 or links[0].float32
-        type = F32 if vector else target if shape[-1] % target.block == 0 else F16
+        wide = len(shape) == 1 or links[0].float32
+        type = F32 if wide else target if shape[-1] % target.block == 0 else F16
         planned.append(Planned(name, type, shape, partial(_chunks, checkpoint, links, type)))
     return planned
 
@@ -130,7 +130,7 @@ def _metadata(
     writer.add_file_type(_FTYPES[target])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocab.add_to(writer)
-    return writer, [*notes, *limits(config, arch)]
+    return writer, [*notes, *remarks(config, arch)]
 
 
 def _general(checkpoint: Checkpoint, tensors: list[Planned], name: str | None) -> tuple[gguf.Metadata, list[str]]:

@@ -97,9 +97,8 @@ def encoded(tensor: Tensor, type: TensorType, change: Callable[[np.ndarray], np.
             finite = bool(np.isfinite(chunk if type in (F16, F32) else decode(chunk, type, tensor.name)).all())
         else:
             floats = decode(chunk, tensor.type, tensor.name)
-            if change:
-                floats = change(floats)
             with np.errstate(over="ignore", invalid="ignore"):
+                floats = change(floats) if change else floats
                 values = gguf.quants.quantize(floats, gguf.GGMLQuantizationType(type.id))
             finite = bool(np.abs(floats).max() < _OVERFLOW[type])
         if not finite:

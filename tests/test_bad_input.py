@@ -391,7 +391,7 @@ PER_FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = 
         ("attention.wqkv.weight is (128, 64), by config.json it should be (192, 64)",),
     ),
     "baichuan: layers": (
-        {"family": "baichuan-7b", "num_key_value_heads": None}, {"num_hidden_layers": 28},
+        {"family": "baichuan-7b"}, {"num_hidden_layers": 28},
         ("BaichuanForCausalLM with num_hidden_layers = 28; cnq describes 32 or 40 only", "rotary attention from ALiBi"),
     ),
     "baichuan: tied": ({"family": "baichuan-7b"}, {"tie_word_embeddings": True}, ("tie_word_embeddings = True",)),

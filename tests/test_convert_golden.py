@@ -1,4 +1,8 @@
-"""cnq's conversion against manifests written by llama.cpp's own converter (tests/golden/make.py)."""
+"""cnq's conversion against manifests written by llama.cpp's own converter (tests/golden/make.py).
+
+Baichuan's are written by that converter after a repair: as it is, it calls itself for ever. What llama.cpp then computes is
+held against the model's formulas in test_formulas.py.
+"""
 
 import json
 import sys

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2 as spm_pb2
 
 from cnq import convert as converting
 from cnq.checkpoint import open_checkpoint
@@ -135,6 +136,7 @@ def test_the_head_of_baichuan_2_gets_rows_of_length_1(dtype, tmp_path):
     found = GgufFile(convert(source, tmp_path / "m.gguf", dtype=dtype.lower()).path).tensor("output.weight").float32()
     assert abs(found - want).max() < {"F32": 1e-6, "F16": 2**-12, "BF16": 2**-9}[dtype]  # half a unit in the last place
     assert not found[7].any()
+    assert any("lm_head.weight: each row is divided by its length" in note for note in notes(source, tmp_path))
     # a checkpoint whose head was divided beforehand, as the authors advise, gives the same
     tensors["lm_head.weight"] = found
     tiny.save(source / "model.safetensors", tensors, dtype)
@@ -177,7 +179,13 @@ def notes(source, tmp_path):
 
 def test_what_llama_cpp_computes_in_full_gets_no_note(tmp_path):
     for i, settings in enumerate(
-        ({"family": "mistral"}, {"family": "mistral", "sliding_window": 512}, {"family": "mixtral"}, {"family": "llama"})
+        (
+            {"family": "mistral"},
+            {"family": "mistral", "sliding_window": 512},
+            {"family": "mixtral"},
+            {"family": "llama"},
+            {"family": "baichuan-7b"},
+        )
     ):
         assert notes(tiny.checkpoint(tmp_path / str(i), **settings), tmp_path) == ()
 
@@ -206,6 +214,24 @@ def test_absent_keys_mean_what_they_mean_to_transformers(tmp_path):
         tiny.of_config(config)
         for key in absent:
             assert config.get(key) == (theirs["rope_parameters"] | theirs)[key], (family, key)
+
+
+# InternLM 2
+
+
+def test_a_piece_of_nul(tmp_path):
+    """InternLM 2 has one. llama.cpp cannot hold it (it says [EMPTY_n]); nothing else becomes of it."""
+    source = tiny.checkpoint(tmp_path / "hf", "internlm2", vocab="spm-unused")
+    model = spm_pb2.ModelProto()
+    model.ParseFromString((source / "tokenizer.model").read_bytes())
+    model.pieces[300].piece = "\0"
+    (source / "tokenizer.model").write_bytes(model.SerializeToString())
+    path = convert(source, tmp_path / "m.gguf").path
+    with Model(path, n_ctx=64) as loaded:
+        assert 300 not in loaded.tokenize("量化\0🐉", add_special=False, parse_special=False)
+        assert np.isfinite(loaded.logits([5, 300])).all()
+    model.ParseFromString((to_hf(path, tmp_path / "back").path / "tokenizer.model").read_bytes())
+    assert model.pieces[300].piece == "\0"
 
 
 # Yi

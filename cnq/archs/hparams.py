@@ -77,8 +77,11 @@ def context_length(config: Config, arch: Arch) -> int:
     return next((config[key] for key in arch.context if config.get(key)), 2048)  # LlamaConfig's default
 
 
-def limits(config: Config, arch: Arch) -> Iterator[str]:
-    """From which length on llama.cpp computes otherwise than the model's own code, for the user to know."""
+def remarks(config: Config, arch: Arch) -> Iterator[str]:
+    """For the user to know: what is done to the weights, and from which length on llama.cpp computes otherwise."""
+    for link in arch.links(config):
+        if link.unit_rows:
+            yield f"{link.hf}: each row is divided by its length, as the model's own code does when it loads"
     window, context = config.get("sliding_window"), context_length(config, arch)
     if arch.windowed and window and window < context:
         yield (
@@ -96,7 +99,7 @@ def _rope_scaling(settings: Config, arch: Arch) -> Iterator[tuple[str, str, Any]
     kind = settings["rope_type"]
     if kind not in arch.rope_types:
         raise UnsupportedArch(f"rope scaling {kind!r}; cnq converts {arch.classes[0]} with {', '.join(arch.rope_types)}.")
-    if kind not in ("linear", "yarn"):  # llama3: per-frequency factors, a tensor of their own. dynamic: see `limits`
+    if kind not in ("linear", "yarn"):  # llama3: per-frequency factors, a tensor of their own. dynamic: see `remarks`
         return
     if settings.get("factor") is None:
         raise wrong("factor", None, f"a number above 0 in rope_scaling of type {kind}")
