@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -13,7 +13,8 @@ import numpy as np
 
 from . import prompts
 from . import vocab as vocabs
-from .archs.arch import To, hparams, llama3_factors
+from .archs.hparams import hparams, llama3_factors, remarks
+from .archs.tensors import Link, gguf_shape, unit_rows
 from .checkpoint import Checkpoint, open_checkpoint
 from .files import replacing
 from .gguf_file import BF16, F16, F32, Q8_0, Planned, Tensor, TensorType, encoded, write
@@ -96,20 +97,23 @@ def _auto(checkpoint: Checkpoint) -> TensorType:
 
 
 def _plan(checkpoint: Checkpoint, target: TensorType) -> list[Planned]:
-    """Every tensor with its type: vectors F32, matrices `target`, or F16 where rows do not fill its blocks."""
+    """Every tensor with its type: vectors and routers F32, matrices `target`, or F16 where rows do not fill its blocks."""
     planned = []
     if (factors := llama3_factors(checkpoint.config)) is not None:
         planned.append(Planned("rope_freqs.weight", F32, factors.shape, lambda: [factors]))
-    for hf_name, gguf_name, to in checkpoint.placed():
-        shape = checkpoint.entries[hf_name].shape
-        type = F32 if len(shape) == 1 else target if shape[-1] % target.block == 0 else F16
-        planned.append(Planned(gguf_name, type, shape, partial(_chunks, checkpoint, hf_name, to, type)))
+    for name, links in checkpoint.placed().items():
+        shape = gguf_shape(links)
+        wide = len(shape) == 1 or links[0].float32
+        type = F32 if wide else target if shape[-1] % target.block == 0 else F16
+        planned.append(Planned(name, type, shape, partial(_chunks, checkpoint, links, type)))
     return planned
 
 
-def _chunks(checkpoint: Checkpoint, name: str, to: To, type: TensorType) -> Iterable[np.ndarray]:
-    found = checkpoint.read(name)
-    return encoded(Tensor(name, found.type, found.shape, to.forward(found.data, checkpoint.config)), type)
+def _chunks(checkpoint: Checkpoint, links: list[Link], type: TensorType) -> Iterator[np.ndarray]:
+    for link in links:
+        found = checkpoint.read(link.hf)
+        moved = Tensor(link.hf, found.type, link.shape, link.forward(found.data))
+        yield from encoded(moved, type, unit_rows if link.unit_rows else None)
 
 
 def _metadata(
@@ -126,18 +130,21 @@ def _metadata(
     writer.add_file_type(_FTYPES[target])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocab.add_to(writer)
-    return writer, notes
+    return writer, [*notes, *remarks(config, arch)]
 
 
 def _general(checkpoint: Checkpoint, tensors: list[Planned], name: str | None) -> tuple[gguf.Metadata, list[str]]:
     """Authorship, licence and size, from the model card, config.json and the directory's name; and notes."""
-    n_params = sum(prod(t.shape) for t in tensors)
+    counter = gguf.GGUFWriter(path=None, arch="")
+    for t in tensors:
+        counter.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, raw_dtype=gguf.GGMLQuantizationType(t.type.id))
+    n_params, shared, in_experts, n_experts = counter.get_total_parameter_count()
     path = checkpoint.path.resolve() if checkpoint.path.name in ("", "..") else checkpoint.path  # "." has no name
 
     def load(folder: Path | None) -> gguf.Metadata:
         metadata = gguf.Metadata.load(None, folder, name, n_params)
         metadata.name = metadata.name or path.stem
-        metadata.size_label = metadata.size_label or gguf.size_label(n_params, 0, 0, 0)
+        metadata.size_label = metadata.size_label or gguf.size_label(n_params, shared, in_experts, n_experts)
         return metadata
 
     try:

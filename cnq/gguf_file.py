@@ -99,8 +99,8 @@ def decode(data: np.ndarray, type: TensorType, name: str) -> np.ndarray:
 _OVERFLOW = {F16: 65520.0, BF16: float.fromhex("0x1.ffp127"), F32: float("inf"), Q8_0: 127 * 65520.0}
 
 
-def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
-    """The tensor in another float type or Q8_0, a few rows at a time.
+def encoded(tensor: Tensor, type: TensorType, change: Callable[[np.ndarray], np.ndarray] | None = None) -> Iterator[np.ndarray]:
+    """The tensor in another float type or Q8_0, a few rows at a time; `change` is done to the rows in float32.
 
     The same roundings as llama.cpp's converter: through float32, to nearest even.
     Raises GgufError at the first value that is not finite, or overflows `type`.
@@ -111,12 +111,13 @@ def encoded(tensor: Tensor, type: TensorType) -> Iterator[np.ndarray]:
     step = max(1, CHUNK_ELEMENTS // tensor.shape[-1])
     for start in range(0, len(rows), step):
         chunk = rows[start : start + step]
-        if tensor.type == type:
+        if tensor.type == type and not change:
             values = chunk
             finite = bool(np.isfinite(chunk if type in (F16, F32) else decode(chunk, type, tensor.name)).all())
         else:
             floats = decode(chunk, tensor.type, tensor.name)
             with np.errstate(over="ignore", invalid="ignore"):
+                floats = change(floats) if change else floats
                 values = gguf.quants.quantize(floats, gguf.GGMLQuantizationType(type.id))
             finite = bool(np.abs(floats).max() < _OVERFLOW[type])
         if not finite:

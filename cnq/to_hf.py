@@ -43,16 +43,17 @@ def to_hf(
 ) -> Restored:
     """Write the GGUF `src` as the directory `dst`.
 
-    dtype: f16, bf16, f32, or auto = what the GGUF's matrices are in (f16 when they are quantized). Vectors, which a GGUF
-    holds in float32, are narrowed too unless that would lose a bit: an HF checkpoint comes back as it went in.
+    dtype: f16, bf16, f32, or auto = what the GGUF's matrices are in (f16 when they are quantized). Vectors and routers, which
+    a GGUF holds in float32, are narrowed too unless that would lose a bit: an HF checkpoint comes back as it went in.
     Raises GgufError, UnsupportedArch, UnsupportedVocab, CheckpointError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
     checkpoint = open_gguf(src)
-    placed = checkpoint.placed()
+    links = [link for made_of in checkpoint.placed().values() for link in made_of]
+    widened = {link.hf for link in links if link.float32 or len(link.shape) == 1}
     matrices = [e.type for e in checkpoint.entries.values() if len(e.shape) > 1]
     target = DTYPES[dtype] if dtype != "auto" else matrices[0] if matrices[0] in DTYPES.values() else F16
-    planned = [_plan(checkpoint, name, target) for name, _, _ in placed]
+    planned = [_plan(checkpoint, name, target, name in widened) for name in checkpoint.entries]
     total = sum(t.nbytes for t in planned)
     done = 0
 
@@ -73,7 +74,7 @@ def to_hf(
         arch=checkpoint.arch.gguf,
         dtype=target.name,
         n_tensors=len(planned),
-        decoded=sum(t not in DTYPES.values() for t in matrices),
+        decoded=sum(e.decoded for e in checkpoint.entries.values()),
         nbytes=total,
         seconds=time.perf_counter() - started,
     )
@@ -89,11 +90,12 @@ def _is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file() or not any(folder.iterdir())
 
 
-def _plan(checkpoint: Checkpoint, name: str, target: TensorType) -> Planned:
+def _plan(checkpoint: Checkpoint, name: str, target: TensorType, widened: bool) -> Planned:
+    """widened: the GGUF holds the tensor in float32, whatever type it was in."""
     shape = checkpoint.entries[name].shape
     type = target
-    if len(shape) == 1 and target != F32:
-        values = checkpoint.read(name).float32()
+    if widened and target != F32:
+        values = checkpoint.read(name).float32().reshape(-1)
         narrowed = np.concatenate([_widened(c, target) for c in encoded(checkpoint.read(name), target)])
         type = target if np.array_equal(narrowed, values) else F32
 

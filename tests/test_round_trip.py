@@ -37,22 +37,27 @@ def test_a_checkpoint_comes_back_bit_identical(case, tmp_path):
     source = tiny.checkpoint(tmp_path / "hf", **settings)
     there = convert(source, tmp_path / "there.gguf", dtype=settings["dtype"].lower())
     back = to_hf(there.path, tmp_path / "back")
-    assert raw(back.path) == raw(source)
+    assert different(raw(back.path), raw(source)) == CHANGED.get(case, set())
     again = convert(back.path, tmp_path / "again.gguf", dtype=settings["dtype"].lower(), name=there.path.parent.name)
     one, two = GgufFile(there.path), GgufFile(again.path)
     assert one.tensors.keys() == two.tensors.keys()
     assert all(one.tensor(t).data.tobytes() == two.tensor(t).data.tobytes() for t in one.tensors)
     # size_label and name come from the model card and the folder, the rest from the model
-    different = {k for k in one.fields.keys() | two.fields.keys() if one.fields.get(k) != two.fields.get(k)}
-    assert not {k for k in different if not k.startswith("general.")} - RESTATED
+    restated = {k for k in different(one.fields, two.fields) if not k.startswith("general.")}
+    assert not {k.partition(".")[2] for k in restated} - RESTATED
 
 
+def different(one, two):
+    return {key for key in one.keys() | two.keys() if one.get(key) != two.get(key)}
+
+
+# Baichuan 2's output head comes back as it is used, with rows of length 1; dividing them again changes no bit.
+CHANGED = {"baichuan2-7b": {"lm_head.weight"}}
 # Said outright on the way back, where the first checkpoint left it to a default.
-RESTATED = {"tokenizer.ggml.add_bos_token", "tokenizer.ggml.add_eos_token", "llama.attention.key_length",
-            "qwen2.attention.key_length", "qwen2.attention.value_length"}  # fmt: skip
+RESTATED = {"ggml.add_bos_token", "ggml.add_eos_token", "attention.key_length", "attention.value_length"}
 
 
-@pytest.mark.parametrize("vocab", ["spm", "spm-added", "llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3"])
+@pytest.mark.parametrize("vocab", ["spm", "spm-added", "tekken", "llama-bpe", "qwen2", "smollm", "gpt-2", "deepseek-v3"])
 def test_the_restored_tokenizer_cuts_alike(vocab, gguf, tmp_path):
     transformers = pytest.importorskip("transformers")
     path = gguf(vocab=vocab)
@@ -94,6 +99,6 @@ def test_shards_and_index_are_those_transformers_reads(gguf, tmp_path):
 
 
 def test_an_unknown_pre_tokenizer_is_not_guessed(gguf, tmp_path):
-    fields = dict(GgufFile(gguf(vocab="qwen2")).fields) | {"tokenizer.ggml.pre": "tekken"}
-    with pytest.raises(UnsupportedVocab, match="tekken"):
+    fields = dict(GgufFile(gguf(vocab="qwen2")).fields) | {"tokenizer.ggml.pre": "viking"}
+    with pytest.raises(UnsupportedVocab, match="viking"):
         vocab.write(fields, tmp_path)

@@ -4,17 +4,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..archs.arch import Arch, Config, To
+from ..archs.arch import Arch
+from ..archs.tensors import Config, Link, grouped
 from ..errors import CheckpointError, listed
 from ..gguf_file import Tensor, TensorType
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What is known of a tensor before it is read. shape: rows first."""
+    """What is known of a tensor before it is read. shape: rows first. decoded: from a quantized type, which it was in."""
 
     type: TensorType
     shape: tuple[int, ...]
+    decoded: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,13 +39,13 @@ class Checkpoint:
     tokenizer: Callable[[Path], Path]
     notes: tuple[str, ...] = ()
 
-    def placed(self) -> list[tuple[str, str, To]]:
-        """(HF name, GGUF name, rule) of every tensor, in file order.
+    def placed(self) -> dict[str, list[Link]]:
+        """GGUF name -> what it is made of, one link or one for each expert, in file order.
 
         Raises CheckpointError naming tensors that are missing, unknown, or of another shape than config.json says.
         """
         config = "config.json" if self.path.is_dir() else "its metadata"
-        expected = {hf: (gguf, to, shape) for hf, gguf, to, shape in self.arch.expected(self.config)}
+        expected = self.arch.expected(self.config)
         missing = [name for name in expected if name not in self.entries]
         if missing:
             raise CheckpointError(
@@ -56,11 +58,17 @@ class Checkpoint:
                 f"{self.path}: tensors that {self.arch.classes[0]} does not have: {listed(unknown)}. "
                 f"The model is a variant that cnq does not know, or {config} is of another model."
             )
-        for name, (_, _, shape) in expected.items():
-            found = self.entries[name].shape
-            if found != shape:
-                raise CheckpointError(
-                    f"{self.path}: {name} is {found}, by {config} it should be {shape}. "
-                    f"Weights and {config} are of different models: get both from one place."
-                )
-        return [(name, *expected[name][:2]) for name in self.entries]
+        for name, shape in expected.items():
+            require_shape(self.path, name, self.entries[name].shape, shape, config)
+        by_hf = grouped(self.arch.links(self.config), "hf")
+        placed = grouped((link for name in self.entries for link in by_hf[name]), "gguf")
+        return {name: sorted(links, key=lambda link: link.expert or 0) for name, links in placed.items()}
+
+
+def require_shape(path: Path, name: str, found: tuple[int, ...], expected: tuple[int, ...], config: str) -> None:
+    """Raise CheckpointError for a tensor of another shape than `config`, as the user knows it, says."""
+    if found != expected:
+        raise CheckpointError(
+            f"{path}: {name} is {found}, by {config} it should be {expected}. "
+            f"Weights and {config} are of different models: get both from one place."
+        )

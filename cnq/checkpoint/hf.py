@@ -26,7 +26,6 @@ TOKENIZER_FILES = (
     "chat_template.json",
 )
 _FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
-_EMBEDDING = "model.embed_tokens.weight"
 
 _Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
 
@@ -49,11 +48,11 @@ def open_hf(path: Path) -> Checkpoint:
     _require_indexed(path, set(weights))
     weights = {name: w for name, w in weights.items() if not name.endswith(DROPPED)}
     notes = []
-    if config.get("vocab_size") != (rows := _embedding_rows(path, weights)):
+    if config.get("vocab_size") != (rows := _embedding_rows(path, weights, arch.hf_name("token_embd.weight"))):
         notes.append(f"config.json says vocab_size {config.get('vocab_size')}, the embedding has {rows} rows: {rows} it is")
         config["vocab_size"] = rows
-    if config.get("tie_word_embeddings") and weights.pop("lm_head.weight", None):
-        notes.append("lm_head.weight left out: config.json ties it to the embedding")
+    if config.get("tie_word_embeddings") and weights.pop(head := arch.hf_name("output.weight"), None):
+        notes.append(f"{head} left out: config.json ties it to the embedding")
     return Checkpoint(
         path=path,
         arch=arch,
@@ -65,15 +64,15 @@ def open_hf(path: Path) -> Checkpoint:
     )
 
 
-def _embedding_rows(path: Path, weights: _Weights) -> int:
-    if _EMBEDDING not in weights:
+def _embedding_rows(path: Path, weights: _Weights, embedding: str) -> int:
+    if embedding not in weights:
         raise CheckpointError(
-            f"{path}: {_EMBEDDING} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
+            f"{path}: {embedding} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
             "The download is incomplete, or the model is of another family."
         )
-    shape = weights[_EMBEDDING][0].shape
+    shape = weights[embedding][0].shape
     if len(shape) != 2 or not shape[0]:
-        raise CheckpointError(f"{path}: {_EMBEDDING} is {shape}, expected a row for each token. Download the model again.")
+        raise CheckpointError(f"{path}: {embedding} is {shape}, expected a row for each token. Download the model again.")
     return shape[0]
 
 

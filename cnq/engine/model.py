@@ -279,13 +279,18 @@ def physical_cores() -> int:
 def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
     path, fields, arch = file.path, file.fields, file.arch
-    for key, sound, expected in (
-        ("block_count", lambda n: n in range(1, 513), "1 to 512"),
-        ("rope.scaling.type", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
-        ("attention.layer_norm_rms_epsilon", lambda eps: isinstance(eps, float) and eps >= 0, "0 or more"),
+    experts = fields.get(f"{arch}.expert_count", 0)
+    chosen = range(1, experts + 1) if experts in range(1, 1025) else range(1)
+    epsilon = "attention.layer_norm_rms_epsilon"
+    for key, default, sound, expected in (
+        ("block_count", 1, range(1, 513).__contains__, "1 to 512"),
+        ("expert_count", 0, range(1025).__contains__, "0 to 1024"),
+        ("expert_used_count", 0, chosen.__contains__, f"{chosen[0]} to {chosen[-1]} of {experts} experts"),
+        ("rope.scaling.type", "none", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
+        (epsilon, 0.0, lambda value: isinstance(value, float) and value >= 0, "0 or more"),
     ):
-        value = fields.get(f"{arch}.{key}")
-        if value is not None and not sound(value):
+        value = fields.get(f"{arch}.{key}", default)
+        if not all(map(sound, value if isinstance(value, list) else [value])):  # a list has one for each layer
             raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
     tokens = fields.get("tokenizer.ggml.tokens", [])
     told = [str(t).partition("\0")[0] for t in tokens] if isinstance(tokens, list) else [""]  # as C reads them

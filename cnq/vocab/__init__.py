@@ -14,6 +14,11 @@ __all__ = ["Vocab", "load", "write"]
 
 # What reading files of another form than a tokenizer's ends in; the chain of errors tells where.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+# Other forms of a tokenizer, and why they are not enough.
+_OTHER_FORMS = {
+    "vocab.json": " (vocab.json and merges.txt do not say how text is cut)",
+    "tekken.json": " (tekken.json is Mistral's own form, which cnq does not read)",
+}
 
 
 def load(folder: Path, rows: int) -> Vocab:
@@ -38,9 +43,9 @@ def _load(folder: Path, rows: int) -> Vocab:
     if (folder / "tokenizer.model").is_file():
         vocab = spm.load_model(folder, rows)
     elif not tokenizer:
-        slow = " (vocab.json and merges.txt do not say how text is cut)" if (folder / "vocab.json").is_file() else ""
+        found = next((why for name, why in _OTHER_FORMS.items() if (folder / name).is_file()), "")
         raise UnsupportedVocab(
-            f"{folder} has neither tokenizer.model nor tokenizer.json{slow}. Take them from the model's own repository."
+            f"{folder} has neither tokenizer.model nor tokenizer.json{found}. Take them from the model's own repository."
         )
     elif spm.is_sentencepiece_json(tokenizer):
         vocab = spm.load_json(folder, rows)
