@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from ..archs.arch import Arch, Config, To
@@ -15,6 +16,10 @@ class Entry:
 
     type: TensorType
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
 @dataclass(frozen=True)
