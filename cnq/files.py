@@ -94,6 +94,16 @@ def require_space(folder: Path, need: int) -> None:
         )
 
 
+def require_replaceable(dst: Path, src: Path, marker: str) -> None:
+    """Raise OutputExists when --force would replace the folder `dst`, unless it is empty, or a model that does not hold `src`.
+
+    marker: the file that a model's folder has.
+    """
+    holds_src = src.resolve().is_relative_to(dst.resolve())
+    if dst.is_dir() and any(dst.iterdir()) and (holds_src or not (dst / marker).is_file()):
+        raise OutputExists(f"{dst} is a folder with other things in it. Name another output.")
+
+
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 

@@ -13,8 +13,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.hf import TOKENIZER_FILES, write_safetensors
-from .errors import OutputExists
-from .files import replacing
+from .files import replacing, require_replaceable
 from .gguf_file import BF16, F16, F32, Planned, TensorType, encoded
 
 DTYPES = {"f16": F16, "bf16": BF16, "f32": F32}
@@ -78,7 +77,7 @@ def write_hf(
         progress(done, total)
 
     with replacing(dst, force=force, need=total + _FILES_ROOM, folder=True) as folder:
-        _require_replaceable(checkpoint.path, dst)
+        require_replaceable(dst, checkpoint.path, "config.json")
         folder.mkdir()
         _copy_files(checkpoint, folder)
         config = {key: value for key, value in checkpoint.config.items() if key != "dtype"}  # transformers 5's torch_dtype
@@ -95,16 +94,6 @@ def write_hf(
         notes=checkpoint.notes,
         seconds=time.perf_counter() - started,
     )
-
-
-def _require_replaceable(src: Path, dst: Path) -> None:
-    """--force replaces a checkpoint, not a folder with anything else in it."""
-    if dst.is_dir() and (src.resolve().is_relative_to(dst.resolve()) or not _is_checkpoint(dst)):
-        raise OutputExists(f"{dst} is a folder with other things in it. Name another output.")
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or not any(folder.iterdir())
 
 
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:

@@ -83,7 +83,9 @@ def _embedding_rows(path: Path, weights: Weights) -> int:
 def read_config(path: Path) -> Config:
     """config.json of a model directory. Raises CheckpointError."""
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory, nor a file. Give a model directory (config.json and weights) or a GGUF.")
+        raise CheckpointError(
+            f"{path} is no directory, nor a file. Give a model directory (config.json and weights) or a GGUF."
+        )
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
