@@ -99,6 +99,13 @@ def test_the_remainder_of_an_odd_vocabulary_is_kept(tmp_path):
     same_ggufs(hf, meta, tmp_path)
 
 
+def test_what_was_read_is_let_go(tmp_path, monkeypatch):
+    """Mappings are made anew every 128 MB, here at every tensor: what a model takes does not grow with its size."""
+    hf, meta = pair(tmp_path, "8 shards")
+    monkeypatch.setattr("cnq.checkpoint.torch_file._MOST_TOUCHED", 0)
+    assert content_digest(open_checkpoint(meta)) == content_digest(open_checkpoint(hf))
+
+
 def test_mixed_types_stay_mixed(tmp_path):
     """fp16 matrices with norms in float32: what early conversions and merges left behind."""
     meta = tiny_meta.checkpoint(tiny.checkpoint(tmp_path / "hf"), tmp_path / "meta")
@@ -373,6 +380,11 @@ def test_a_directory_that_is_no_model(case, sound, tmp_path):
     spoil, saying = BAD[case]
     spoil(model)
     refused(tmp_path, "convert", model, tmp_path / "out.gguf", saying=saying)
+
+
+def test_one_of_the_files(sound, tmp_path):
+    file = sound / "consolidated.00.pth"
+    refused(tmp_path, "convert", file, tmp_path / "o.gguf", saying=(f"one file of a checkpoint. Give its directory: {sound}",))
 
 
 def test_shards_of_two_models_of_one_size_are_noticed(sound, tmp_path):

@@ -95,7 +95,7 @@ def test_shards_and_index_are_those_transformers_reads(gguf, tmp_path):
 
 def test_a_hugging_face_directory_is_copied_in_other_shards(tmp_path):
     """Bits, types and the files that transformers reads; nothing else of the folder."""
-    source = tiny.checkpoint(tmp_path / "hf", vocab="spm-added", dtype="BF16")
+    source = tiny.checkpoint(tmp_path / "hf", vocab="spm-added", dtype="BF16", auto_map={"AutoTokenizer": ["own.Own", None]})
     tiny.save(source / "model-norm.safetensors", {"model.norm.weight": tiny.values("model.norm.weight", (64,))}, "F32")
     shapes = {
         name: entry.shape

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_meta
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from test_tokenization import PAGE, TEXT
 
 from cnq import vocab
@@ -125,6 +125,7 @@ def test_transformers_cuts_as_tiktoken(hf_tokenizer, encoding):
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXT)
 def test_transformers_cuts_as_tiktoken_on_any_text(hf_tokenizer, encoding, text):
+    assume("<|" not in text)  # a special token, to transformers
     assert hf_tokenizer.encode(text, add_special_tokens=False) == encoding.encode_ordinary(text)
 
 

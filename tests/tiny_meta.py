@@ -43,7 +43,8 @@ def checkpoint(hf: Path, folder: Path, *, shards: int = 1, embedding_dim: int = 
     folder.mkdir(parents=True)
     for rank in range(shards):
         part = {name: piece(name, tensor, rank, shards, embedding_dim) for name, tensor in whole.items()}
-        part["rope.freqs"] = torch.arange(config["hidden_size"] // heads // 2, dtype=torch.float16)  # as LLaMA 1 has it
+        freqs = torch.arange(config["hidden_size"] // heads // 2, dtype=torch.float16)
+        part["rope.freqs"] = part["layers.0.attention.inner_attention.rope.freqs"] = freqs  # as LLaMA 1 has them
         torch.save(part, folder / f"consolidated.{rank:02}.pth")
     content = PARAMS | {
         "dim": config["hidden_size"], "n_layers": config["num_hidden_layers"], "n_heads": heads, "n_kv_heads": kv_heads,
