@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import psutil
 
 from . import catalog, corpus
+from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
 from .corpus import Chunks, Used, peoples_daily
 from .engine.model import Model
@@ -122,7 +123,7 @@ def build(
 def _require_room(entry: catalog.Model, folder: Path) -> None:
     """The float GGUF and a Q4_K_M beside the checkpoint; exact sizes are checked again at each step."""
     if entry.path and entry.path.is_dir():
-        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin"))
+        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin", ".pth"))
     else:
         need = 2 * (entry.params or 0)
     done = sum(f.stat().st_size for f in folder.glob("*.gguf"))
@@ -153,6 +154,8 @@ def _converted(source: Path, dst: Path, dtype: str, name: str, format: str | Non
             return _Done(convert(source, dst, dtype=dtype, name=name, format=format, force=True, progress=tick).notes)
 
     inputs = [f for f in sorted(source.iterdir()) if f.is_file()]
+    if folder_of(source) == source.parent:
+        inputs.append(source.parent / "tokenizer.model")
     seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+
+import numpy as np
 
 from ..archs.arch import Arch
 from ..archs.tensors import Config, Link, grouped
 from ..errors import CheckpointError, listed
-from ..gguf_file import Tensor, TensorType
+from ..gguf_file import BF16, F16, F32, Tensor, TensorType
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,32 @@ class Entry:
     type: TensorType
     shape: tuple[int, ...]
     decoded: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+# What a file of weights gives: tensor name -> what is known of it, and how to read it.
+Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
+
+_FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
+
+
+def float_type(path: Path, name: str, dtype: str) -> TensorType:
+    """The type that a file calls `dtype`. Raises CheckpointError for one that is no float."""
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, expected F32, F16 or BF16. Start from the float checkpoint of the model."
+        )
+    return _FLOATS[dtype]
+
+
+def typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
+    """Raw bytes as Tensor.data wants them."""
+    if type == BF16:
+        return raw.reshape(*shape[:-1], 2 * shape[-1])
+    return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
 
 
 @dataclass(frozen=True)
