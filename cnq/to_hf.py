@@ -99,14 +99,22 @@ def write_hf(
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
     """The tokenizer's files, and what else of a model's directory transformers reads beside config.json and weights."""
     tokenizer = checkpoint.tokenizer(folder)
-    for name in TOKENIZER_FILES:
-        if tokenizer != folder and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    if tokenizer != folder:
+        copy_tokenizer(tokenizer, folder)
     if checkpoint.path.is_dir():
         own_code = checkpoint.path.glob("*.py") if "auto_map" in checkpoint.config else ()
         for file in (checkpoint.path / "generation_config.json", *own_code):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
+
+
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files from one folder to another."""
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    if (templates := src / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, dst / templates.name)
 
 
 def _target(checkpoint: Checkpoint, matrix: TensorType, dtype: str) -> TensorType | None:
