@@ -12,7 +12,7 @@ import psutil
 from rich.filesize import decimal
 from sentencepiece import SentencePieceProcessor
 
-from cnq.archs.arch import To
+from cnq.archs.tensors import To
 from cnq.checkpoint import Checkpoint
 from cnq.checkpoint.checkpoint import Entry
 from cnq.errors import CheckpointError, CnqError, NoSpace, VocabMismatch
