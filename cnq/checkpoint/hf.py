@@ -14,7 +14,7 @@ from .. import archs
 from ..archs.arch import DROPPED, Config
 from ..errors import CheckpointError, listed
 from ..gguf_file import BF16, F16, F32, Planned, Tensor, TensorType
-from .checkpoint import Checkpoint, Entry
+from .checkpoint import ORIGIN_FILE, Checkpoint, Entry, Origin
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -28,7 +28,9 @@ TOKENIZER_FILES = (
 _FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
 _EMBEDDING = "model.embed_tokens.weight"
 
-_Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
+# What a file of weights gives: what is known of a tensor, and how to read it.
+Weight = tuple[Entry, Callable[[], Tensor]]
+Weights = dict[str, Weight]
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -38,9 +40,9 @@ def open_hf(path: Path) -> Checkpoint:
     """
     config = read_config(path)
     arch = archs.of_config(config)
-    weights: _Weights = {}
+    weights: Weights = {}
     for shard in _shards(path):
-        found = _safetensors(shard) if shard.suffix == ".safetensors" else _torch_pickle(shard)
+        found = read_weights(shard)
         if twice := weights.keys() & found.keys():
             raise CheckpointError(
                 f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download."
@@ -62,10 +64,19 @@ def open_hf(path: Path) -> Checkpoint:
         read=lambda name: weights[name][1](),
         tokenizer=lambda scratch: path,
         notes=tuple(notes),
+        origin=read_origin(path),
     )
 
 
-def _embedding_rows(path: Path, weights: _Weights) -> int:
+def read_origin(folder: Path) -> Origin | None:
+    """What cnq_merge.json says, in a directory that has one. Raises CheckpointError when it is no JSON object."""
+    if not (folder / ORIGIN_FILE).is_file():
+        return None
+    record = read_json(folder / ORIGIN_FILE)
+    return Origin(record, lambda: record)
+
+
+def _embedding_rows(path: Path, weights: Weights) -> int:
     if _EMBEDDING not in weights:
         raise CheckpointError(
             f"{path}: {_EMBEDDING} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
@@ -170,7 +181,12 @@ def _float_type(path: Path, name: str, dtype: str) -> TensorType:
     return _FLOATS[dtype]
 
 
-def _safetensors(path: Path) -> _Weights:
+def read_weights(path: Path) -> Weights:
+    """The tensors of one file, safetensors or .bin, none of them read. Raises CheckpointError."""
+    return _safetensors(path) if path.suffix == ".safetensors" else _torch_pickle(path)
+
+
+def _safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="np"):  # checks header, offsets and file size as the format demands
             local = SafetensorsLocal(path).tensors
@@ -179,9 +195,9 @@ def _safetensors(path: Path) -> _Weights:
 
     def read(name: str, type: TensorType, shape: tuple[int, ...]) -> Tensor:
         raw = np.asarray(local[name].mmap_bytes())
-        return Tensor(name, type, shape, _typed(raw, type, shape))
+        return Tensor(name, type, shape, typed(raw, type, shape))
 
-    weights: _Weights = {}
+    weights: Weights = {}
     for name, tensor in local.items():
         if not name.endswith(DROPPED):
             entry = Entry(_float_type(path, name, tensor.dtype), tensor.shape)
@@ -191,7 +207,7 @@ def _safetensors(path: Path) -> _Weights:
     return weights
 
 
-def _torch_pickle(path: Path) -> _Weights:
+def _torch_pickle(path: Path) -> Weights:
     try:
         import torch
     except ImportError:
@@ -227,9 +243,9 @@ def _torch_pickle(path: Path) -> _Weights:
 
     def read(name: str, entry: Entry) -> Tensor:
         raw = state[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
-        return Tensor(name, entry.type, entry.shape, _typed(raw, entry.type, entry.shape))
+        return Tensor(name, entry.type, entry.shape, typed(raw, entry.type, entry.shape))
 
-    weights: _Weights = {}
+    weights: Weights = {}
     for name, tensor in state.items():
         dtype = "F32" if name.endswith(DROPPED) else kinds.get(tensor.dtype, str(tensor.dtype))
         entry = Entry(_float_type(path, name, dtype), tuple(tensor.shape))
@@ -237,7 +253,7 @@ def _torch_pickle(path: Path) -> _Weights:
     return weights
 
 
-def _typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
+def typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
     """Raw bytes as Tensor.data wants them."""
     if type == BF16:
         return raw.reshape(*shape[:-1], 2 * shape[-1])
