@@ -20,7 +20,13 @@ CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_
 FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
 
 
-class Cli(click.Group):
+class Command(click.Command):
+    """A command that ends in one line when something is wrong with its input; of `cnq`, or a program by itself."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        _prepare()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -29,6 +35,10 @@ class Cli(click.Group):
         except KeyboardInterrupt:
             click.echo("\ninterrupted; nothing half-made was left behind", err=True)
             sys.exit(130)
+
+
+class Cli(click.Group):
+    command_class = Command
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)  # in the order of the road
@@ -43,6 +53,10 @@ def cli() -> None:
     cnq build tiny                       the whole road with a small model
     cnq build 7b -t Q4_K_M -t Q5_K_M     Chinese-Alpaca-2-7B in two sizes
     """
+    _prepare()
+
+
+def _prepare() -> None:
     logging.getLogger("gguf").setLevel(logging.ERROR)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -106,10 +120,13 @@ def models(as_json: bool) -> None:
 @FORCE
 @JSON
 def convert(as_json: bool, **options: Any) -> None:
-    """Write the checkpoint SRC (Hugging Face directory, or a GGUF) as the float GGUF DST.
+    """Write the checkpoint SRC as the float GGUF DST.
+
+    SRC is a Hugging Face directory, one with Meta's consolidated.*.pth and params.json, or a GGUF.
 
     \b
     cnq convert chinese-alpaca-2-7b/ a2-f16.gguf --dtype f16
+    cnq convert llama/13B llama-13b.gguf
     cnq convert my-sft-model/ my.gguf --format llama-2
     """
     from .convert import convert
@@ -269,19 +286,25 @@ def evaluate(
 @click.argument("src", type=FILE)
 @click.argument("dst", type=FILE)
 @click.option("--dtype", type=click.Choice(["auto", "f16", "bf16", "f32"]), default="auto", show_default=True,
-              help="auto = the GGUF's; f16 when it is quantized.")  # fmt: skip
+              help="auto = every tensor as it is; what is quantized becomes f16.")  # fmt: skip
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 @FORCE
 @JSON
-def to_hf_command(as_json: bool, **options: Any) -> None:
-    """Write the GGUF SRC as the Hugging Face checkpoint DST, a directory.
+def to_hf_command(as_json: bool, max_shard_size: str, **options: Any) -> None:
+    """Write the checkpoint SRC as the Hugging Face checkpoint DST, a directory.
+
+    SRC is a GGUF, a directory with Meta's consolidated.*.pth and params.json, or a Hugging Face directory.
 
     \b
     cnq to-hf model.gguf model-hf/
+    cnq to-hf llama/13B llama-13b-hf/ --max-shard-size 2GB
     """
+    from .files import byte_size
     from .to_hf import to_hf
 
+    size = byte_size(max_shard_size)
     with terminal.Progress(quiet=as_json).bar("restoring", "bytes") as progress:
-        result = to_hf(progress=progress, **options)
+        result = to_hf(max_shard_bytes=size, progress=progress, **options)
     lossy = lambda r: f"; {r.decoded} were quantized, and stay as exact as that" if r.decoded else ""  # noqa: E731
     terminal.emit(result, as_json, lambda r: click.echo(
         f"{r.path}/: {r.arch}, {r.dtype}, {r.n_tensors} tensors{lossy(r)}, {terminal.size(r.nbytes)} in {r.seconds:.1f} s"

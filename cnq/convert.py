@@ -53,7 +53,7 @@ def convert(
     force: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Converted:
-    """Write the checkpoint `src` (Hugging Face directory, or a GGUF to be decoded) as the GGUF `dst`.
+    """Write the checkpoint `src` (directory of Hugging Face or in Meta's layout, or a GGUF to be decoded) as the GGUF `dst`.
 
     dtype: f16, bf16, f32, q8_0, or auto = what the checkpoint's matrices are in (f16 for f32).
     name: general.name; None = from the model card or the directory's name, as the reference converter does.

@@ -8,7 +8,8 @@ import numpy as np
 
 from .. import catalog
 from ..archs.arch import DROPPED
-from ..checkpoint.hf import Weight, Weights, read_weights
+from ..checkpoint.checkpoint import Weight, Weights
+from ..checkpoint.hf import read_weights
 from ..errors import CheckpointError, listed
 from ..gguf_file import Tensor
 from .settings import CONFIG, Settings, read_settings

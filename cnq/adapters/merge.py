@@ -11,9 +11,9 @@ import numpy as np
 
 from .. import __version__, catalog
 from ..checkpoint import Checkpoint
-from ..checkpoint.checkpoint import Entry, Origin
+from ..checkpoint.checkpoint import Entry, Origin, typed
 from ..checkpoint.digest import overall, tensor_digest
-from ..checkpoint.hf import TOKENIZER_FILES, typed
+from ..checkpoint.hf import TOKENIZER_FILES
 from ..errors import CheckpointError, listed
 from ..files import sha256
 from ..gguf_file import F32, Tensor, TensorType, encoded

@@ -8,8 +8,7 @@ import numpy as np
 from .. import vocab
 from ..archs.arch import Config
 from ..checkpoint import Checkpoint
-from ..checkpoint.checkpoint import Entry
-from ..checkpoint.hf import Weight
+from ..checkpoint.checkpoint import Entry, Weight
 from ..errors import CheckpointError, VocabMismatch, listed
 from ..gguf_file import BF16, F16, F32, TensorType
 from .adapter import Adapter, LowRank, Rows

@@ -46,8 +46,8 @@ class To:
         return data.reshape(heads, -1, 2, *data.shape[1:]).swapaxes(1, 2).reshape(data.shape)
 
 
-# Tensors left out of the GGUF on purpose: llama.cpp derives the rotary frequencies from rope.freq_base.
-DROPPED = (".rotary_emb.inv_freq",)
+# Tensors left out of the GGUF on purpose: llama.cpp derives the rotary frequencies from rope.freq_base. (The second is Meta's.)
+DROPPED = (".rotary_emb.inv_freq", "rope.freqs")
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")  # may be absent or null

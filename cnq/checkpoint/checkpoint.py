@@ -6,9 +6,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..archs.arch import Arch, Config, To
 from ..errors import CheckpointError, listed
-from ..gguf_file import Tensor, TensorType
+from ..gguf_file import BF16, F16, F32, Tensor, TensorType
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,29 @@ class Entry:
     @property
     def nbytes(self) -> int:
         return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+# What a file of weights gives: what is known of a tensor, and how to read it; by tensor name.
+Weight = tuple[Entry, Callable[[], Tensor]]
+Weights = dict[str, Weight]
+
+_FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
+
+
+def float_type(path: Path, name: str, dtype: str) -> TensorType:
+    """The type that a file calls `dtype`. Raises CheckpointError for one that is no float."""
+    if dtype not in _FLOATS:
+        raise CheckpointError(
+            f"{path}: {name} is {dtype}, expected F32, F16 or BF16. Start from the float checkpoint of the model."
+        )
+    return _FLOATS[dtype]
+
+
+def typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
+    """Raw bytes as Tensor.data wants them."""
+    if type == BF16:
+        return raw.reshape(*shape[:-1], 2 * shape[-1])
+    return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
 
 
 ORIGIN_FILE, ORIGIN_KEY = "cnq_merge.json", "cnq.merge"  # in a directory; in a GGUF

@@ -13,8 +13,9 @@ from safetensors import SafetensorError, safe_open
 from .. import archs
 from ..archs.arch import DROPPED, Config
 from ..errors import CheckpointError, listed
-from ..gguf_file import BF16, F16, F32, Planned, Tensor, TensorType
-from .checkpoint import ORIGIN_FILE, Checkpoint, Entry, Origin
+from ..gguf_file import F32, Planned, Tensor, TensorType
+from .checkpoint import ORIGIN_FILE, Checkpoint, Entry, Origin, Weights, float_type, typed
+from .torch_file import read_torch
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -25,12 +26,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
 _EMBEDDING = "model.embed_tokens.weight"
-
-# What a file of weights gives: what is known of a tensor, and how to read it.
-Weight = tuple[Entry, Callable[[], Tensor]]
-Weights = dict[str, Weight]
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -76,6 +72,11 @@ def read_origin(folder: Path) -> Origin | None:
     return Origin(record, lambda: record)
 
 
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds a model of Hugging Face's form, complete or not."""
+    return (path / "config.json").is_file() and bool(_index(path) or _unindexed(path))
+
+
 def _embedding_rows(path: Path, weights: Weights) -> int:
     if _EMBEDDING not in weights:
         raise CheckpointError(
@@ -91,7 +92,9 @@ def _embedding_rows(path: Path, weights: Weights) -> int:
 def read_config(path: Path) -> Config:
     """config.json of a model directory. Raises CheckpointError."""
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory. Give a Hugging Face model directory (config.json and weights).")
+        raise CheckpointError(
+            f"{path} is no directory, nor a file. Give a model directory (config.json and weights) or a GGUF."
+        )
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
@@ -134,6 +137,12 @@ def _index(path: Path) -> tuple[Path, dict[str, str]] | None:
     return None
 
 
+def _unindexed(path: Path) -> list[Path]:
+    """Files of weights by their names, safetensors before .bin."""
+    found = (sorted(path.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    return next((files for files in found if files), [])
+
+
 def _shards(path: Path) -> list[Path]:
     if index := _index(path):
         index_path, files = index
@@ -149,14 +158,8 @@ def _shards(path: Path) -> list[Path]:
                 f"{path}: {len(missing)} of {len(names)} shards are missing: {listed(missing)}. Finish the download."
             )
         return [path / name for name in names]
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(path.glob(pattern)):
-            return found
-    if any(path.glob("consolidated.*.pth")):
-        raise CheckpointError(
-            f"{path} is in Meta's format (consolidated.*.pth), which this version of cnq does not read. "
-            "Use the model's Hugging Face directory."
-        )
+    if found := _unindexed(path):
+        return found
     holds = listed(sorted(p.name for p in path.iterdir()))
     raise CheckpointError(
         f"{path} has no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards (it holds {holds})."
@@ -173,17 +176,9 @@ def _require_indexed(path: Path, found: set[str]) -> None:
             )
 
 
-def _float_type(path: Path, name: str, dtype: str) -> TensorType:
-    if dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{path}: {name} is {dtype}, expected F32, F16 or BF16. Start from the float checkpoint of the model."
-        )
-    return _FLOATS[dtype]
-
-
 def read_weights(path: Path) -> Weights:
     """The tensors of one file, safetensors or .bin, none of them read. Raises CheckpointError."""
-    return _safetensors(path) if path.suffix == ".safetensors" else _torch_pickle(path)
+    return _safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
 def _safetensors(path: Path) -> Weights:
@@ -200,64 +195,11 @@ def _safetensors(path: Path) -> Weights:
     weights: Weights = {}
     for name, tensor in local.items():
         if not name.endswith(DROPPED):
-            entry = Entry(_float_type(path, name, tensor.dtype), tensor.shape)
+            entry = Entry(float_type(path, name, tensor.dtype), tensor.shape)
             weights[name] = entry, partial(read, name, entry.type, entry.shape)
         else:
             weights[name] = Entry(F32, tensor.shape), partial(read, name, F32, tensor.shape)
     return weights
-
-
-def _torch_pickle(path: Path) -> Weights:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{path} is a PyTorch file, which takes torch to read: pip install 'cnq[training]'. "
-            "Or use the model's safetensors files, which need nothing."
-        ) from None
-
-    def plain(value: object) -> bool:
-        """A tensor with all its numbers in the file: a stride of 0 can make any size out of one."""
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-            return False
-        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-    load = partial(torch.load, path, map_location="cpu", weights_only=True)
-    try:
-        try:
-            state = load(mmap=True)
-        except RuntimeError:  # saved before torch 1.6: not a zip, cannot be mapped
-            state = load()
-    except Exception as error:  # torch raises half a dozen kinds for a damaged or hostile pickle
-        # what was found comes after the advice to switch the protection off
-        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} is damaged, or not plain weights ({reason}). Use the model's safetensors files, or download it again."
-        ) from None
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    if not isinstance(state, dict) or (odd := [k for k, v in state.items() if not (isinstance(k, str) and plain(v))]):
-        found = f"{odd[0]!r} is no tensor" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
-        raise CheckpointError(
-            f"{path} is not plain weights: {found}, expected names and tensors. Use the model that save_pretrained wrote."
-        )
-
-    def read(name: str, entry: Entry) -> Tensor:
-        raw = state[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
-        return Tensor(name, entry.type, entry.shape, typed(raw, entry.type, entry.shape))
-
-    weights: Weights = {}
-    for name, tensor in state.items():
-        dtype = "F32" if name.endswith(DROPPED) else kinds.get(tensor.dtype, str(tensor.dtype))
-        entry = Entry(_float_type(path, name, dtype), tuple(tensor.shape))
-        weights[name] = entry, partial(read, name, entry)
-    return weights
-
-
-def typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
-    """Raw bytes as Tensor.data wants them."""
-    if type == BF16:
-        return raw.reshape(*shape[:-1], 2 * shape[-1])
-    return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
 
 
 def write_safetensors(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:
