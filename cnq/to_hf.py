@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .checkpoint.checkpoint import write_origin
 from .checkpoint.hf import TOKENIZER_FILES, write_safetensors
 from .files import replacing, require_replaceable
 from .gguf_file import BF16, F16, F32, Planned, TensorType, encoded
@@ -84,6 +85,7 @@ def write_hf(
         config["torch_dtype"] = {F16: "float16", BF16: "bfloat16", F32: "float32"}[written]
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
         _write_shards(folder, planned, max_shard_bytes, wrote)
+        write_origin(checkpoint, folder)
     return Restored(
         path=dst,
         arch=checkpoint.arch.gguf,

@@ -15,7 +15,7 @@ import click
 from cnq import terminal, vocab
 from cnq.archs.arch import Config, head_dim, rope
 from cnq.checkpoint import Checkpoint, open_checkpoint
-from cnq.checkpoint.checkpoint import Entry
+from cnq.checkpoint.checkpoint import Entry, write_origin
 from cnq.checkpoint.hf import TOKENIZER_FILES
 from cnq.checkpoint.meta import EMBEDDING, HEAD, layout, shard_name
 from cnq.checkpoint.meta_params import LLAMA3_FACTORS, LLAMA3_SCALING, Params, config_of, feed_forward
@@ -90,6 +90,7 @@ def write_meta(
             (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
             notes = _write_tokenizer(tokens, vocabulary, folder)
             _write_shards(checkpoint, plan, ranks, folder, wrote)
+            write_origin(checkpoint, folder)
     shapes = {name: checkpoint.entries[hf].shape for name, (hf, _) in plan.items()}
     understood, _ = config_of(dst, params, shapes, llama3=llama3, tied=bool(config.get("tie_word_embeddings")))
     return WrittenMeta(

@@ -1,5 +1,6 @@
 """What every kind of checkpoint gives: config, tokenizer files, tensor names, and one tensor at a time."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
@@ -113,3 +114,10 @@ class Checkpoint:
                     f"Weights and {config} are of different models: get both from one place."
                 )
         return [(name, *expected[name][:2]) for name in self.entries]
+
+
+def write_origin(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write cnq_merge.json, if the checkpoint has an origin, into a directory that holds all its tensors. See Origin.seal."""
+    if checkpoint.origin:
+        text = json.dumps(checkpoint.origin.seal(), indent=2, ensure_ascii=False)
+        (folder / ORIGIN_FILE).write_text(text, encoding="utf-8", errors="replace")
