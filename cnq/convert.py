@@ -138,7 +138,7 @@ def _metadata(
     config, arch = checkpoint.config, checkpoint.arch
     writer = gguf.GGUFWriter(path=None, arch=arch.gguf)
     writer.add_type(gguf.GGUFType.MODEL)
-    general, notes = _general(checkpoint, tensors, name, model_card)
+    general, notes = described(checkpoint.path, name, model_card, sum(prod(t.shape) for t in tensors))
     if checkpoint.origin:
         general.base_models = _parents(checkpoint.origin.planned)
     general.set_gguf_meta_model(writer)
@@ -165,17 +165,14 @@ def _parents(record: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _general(
-    checkpoint: Checkpoint, tensors: list[Planned], name: str | None, model_card: Path | None
-) -> tuple[gguf.Metadata, list[str]]:
-    """Authorship, licence and size, from the folder of the model card, config.json and its own name; and notes."""
-    n_params = sum(prod(t.shape) for t in tensors)
-    path = checkpoint.path.resolve() if checkpoint.path.name in ("", "..") else checkpoint.path  # "." has no name
+def described(path: Path, name: str | None, model_card: Path | None, n_params: int) -> tuple[gguf.Metadata, list[str]]:
+    """Authorship, licence and size, from the model card and config.json in a folder, and a name or the path's; and notes."""
+    path = path.resolve() if path.name in ("", "..") else path  # "." has no name
 
     def load(folder: Path | None) -> gguf.Metadata:
         metadata = gguf.Metadata.load(None, folder, name, n_params)
         metadata.name = metadata.name or path.stem
-        metadata.size_label = metadata.size_label or gguf.size_label(n_params, 0, 0, 0)
+        metadata.size_label = metadata.size_label or (gguf.size_label(n_params, 0, 0, 0) if n_params else None)
         return metadata
 
     try:

@@ -11,8 +11,8 @@ CNQ = ROOT / "cnq"
 # A module imports only from those before it.
 ORDER = [
     "errors", "files", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog", "archs", "vocab",
-    "checkpoint", "adapters", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "evaluate",
-    "choices", "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix",
+    "evaluate", "choices", "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"]}  # fmt: skip

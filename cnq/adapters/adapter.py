@@ -82,7 +82,7 @@ def read_adapter(path: Path, *, alpha: float | None = None, rank: int | None = N
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory. Give the directory of an adapter (adapter_config.json and weights).")
     file = _weights_file(path)
-    settings = _settings(path, file, alpha, rank)
+    settings = read_settings(path) if (path / CONFIG).is_file() else None
     weights = read_weights(file)
     if not weights:
         raise CheckpointError(
@@ -90,12 +90,13 @@ def read_adapter(path: Path, *, alpha: float | None = None, rank: int | None = N
             "model.state_dict do with a newer PEFT. Save it again with save_pretrained, or take an earlier checkpoint."
         )
     parts = _parts(file, weights)
-    low_rank = {module: _low_rank(file, module, found, settings) for module, found in parts.low_rank.items()}
-    if not low_rank:
+    if not parts.low_rank:
         raise CheckpointError(
             f"{file} holds {len(weights)} tensors ({listed(weights, 2)}) but no lora_A and lora_B: it is a model without its "
             "adapter, or an adapter that was not saved whole. Give the directory that save_pretrained wrote."
         )
+    settings = settings or _given(path, file, alpha, rank)
+    low_rank = {module: _low_rank(file, module, found, settings) for module, found in parts.low_rank.items()}
     for module, change in low_rank.items():
         _require_effect(file, module, change)
     return Adapter(
@@ -125,9 +126,8 @@ def _weights_file(path: Path) -> Path:
     )
 
 
-def _settings(path: Path, file: Path, alpha: float | None, rank: int | None) -> Settings:
-    if (path / CONFIG).is_file():
-        return read_settings(path)
+def _given(path: Path, file: Path, alpha: float | None, rank: int | None) -> Settings:
+    """The settings of an adapter without adapter_config.json."""
     if alpha is None or rank is None:
         inside = "".join(f" The adapter may be in {found.parent}." for found in sorted(path.glob(f"*/{CONFIG}")))
         raise CheckpointError(
