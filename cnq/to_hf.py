@@ -84,7 +84,7 @@ def write_hf(
         config = {key: value for key, value in checkpoint.config.items() if key != "dtype"}  # transformers 5's torch_dtype
         config["torch_dtype"] = {F16: "float16", BF16: "bfloat16", F32: "float32"}[written]
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _write_shards(folder, planned, max_shard_bytes, wrote)
+        write_shards(folder, planned, max_shard_bytes, wrote)
         write_origin(checkpoint, folder)
     return Restored(
         path=dst,
@@ -139,7 +139,7 @@ def _widened(chunk: np.ndarray, type: TensorType) -> np.ndarray:
     return chunk.reshape(-1).astype(np.float32)
 
 
-def _write_shards(folder: Path, planned: list[Planned], max_bytes: int, wrote: Callable[[int], object]) -> None:
+def write_shards(folder: Path, planned: list[Planned], max_bytes: int, wrote: Callable[[int], object]) -> None:
     """One file, or as many as max_bytes asks for, with the index that transformers reads."""
     shards: list[list[Planned]] = [[]]
     for t in planned:

@@ -63,7 +63,8 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter], dtype: TensorType | Non
     """Plan the merge of adapters, in this order, into a base.
 
     The result equals PEFT's: each adapter loaded onto the model before it in float32 and merged, and in the end, once,
-    rounded to `dtype`; None = each tensor's type in the base. The tokenizer is that of the last adapter that brings one.
+    rounded: matrices to `dtype`, without it as vectors to the type they have in the base. The tokenizer is that of the last
+    adapter that brings one.
     Raises CheckpointError and VocabMismatch: adapters that do not fit the base, or one another in this order.
     """
     adapters = list(adapters)
@@ -113,7 +114,7 @@ class _Reader:
         steps = self.plan.steps.get(name)
         old = self._from_base(name)
         if not steps:
-            return replace(old, name=name)
+            return _rounded(replace(old, name=name), self.plan.entries[name])
         new = self._merged(name, steps, old)
         if _same(old, new):
             self.unchanged.add(name)
@@ -197,6 +198,8 @@ def _record(base: Checkpoint, adapters: list[Adapter]) -> dict[str, Any]:
 
 def _rounded(tensor: Tensor, entry: Entry) -> Tensor:
     """The tensor in another type: rounded to nearest even, and refused where that would overflow."""
+    if tensor.type == entry.type:
+        return tensor
     width = entry.type.row_bytes(entry.shape[-1])
     out = np.empty((entry.nbytes // width, width), np.uint8)
     start = 0

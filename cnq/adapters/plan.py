@@ -1,6 +1,6 @@
 """What happens to each tensor of a base when adapters are merged into it, checked before anything is read."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -55,7 +55,7 @@ class Plan:
 def plan(base: Checkpoint, adapters: list[Adapter], dtype: TensorType | None) -> Plan:
     """Check that the adapters fit the base, and one another in this order.
 
-    dtype: of the tensors that change; None = as in the base. Raises CheckpointError, VocabMismatch.
+    dtype: of the matrices; None = as in the base. Raises CheckpointError, VocabMismatch.
     """
     if not adapters:
         raise CheckpointError("no adapter to merge. Name one at least.")
@@ -73,8 +73,9 @@ def plan(base: Checkpoint, adapters: list[Adapter], dtype: TensorType | None) ->
 
 class _Planner:
     def __init__(self, base: Checkpoint, adapters: list[Adapter], dtype: TensorType | None):
-        self.base, self.adapters, self.dtype = base, adapters, dtype
-        self.plan = Plan(dict(base.config), dict(base.entries))
+        self.base, self.adapters = base, adapters
+        entries = {name: replace(e, type=dtype) if dtype and len(e.shape) > 1 else e for name, e in base.entries.items()}
+        self.plan = Plan(dict(base.config), entries)
         names = {to.name: name for name, to in base.arch.tensors.items()}
         self.embedding, self.head = names["token_embd.weight"], names["output.weight"]
         self.grown_by: Adapter | None = None  # the last adapter that brought an embedding
@@ -126,7 +127,6 @@ class _Planner:
             raise CheckpointError(
                 f"{file} changes {name} as {shape}, in the base it is {entries[name].shape}. {self._other_base(step.adapter)}"
             )
-        entries[name] = Entry(self.dtype or entries[name].type, shape)
         self.plan.steps.setdefault(name, []).append(step)
 
     def _other_base(self, number: int) -> str:
@@ -173,7 +173,7 @@ class _Planner:
                     "save_embedding_layers=True."
                 )
             for name in brought:
-                self.plan.entries[name] = Entry(self.plan.entries[name].type, (found, *self.plan.entries[name].shape[1:]))
+                self.plan.entries[name] = replace(self.plan.entries[name], shape=(found, *self.plan.entries[name].shape[1:]))
             self.plan.config["vocab_size"] = rows = found
             self.grown_by = adapter
         if adapter.tokenizer:
