@@ -253,8 +253,10 @@ def _reported(
 
 
 def _source(entry: catalog.Model) -> str | None:
+    """Base and adapters, for a report that others read: of local ones the name alone."""
     base = entry.hub or entry.wheel or (entry.path.name if entry.path else None)
-    return " + ".join([base, *entry.loras]) if base else None
+    loras = [Path(lora).resolve().name if Path(lora).exists() else lora for lora in entry.loras]
+    return " + ".join([base, *loras]) if base else None
 
 
 def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, progress: Progress) -> Made:

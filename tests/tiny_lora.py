@@ -41,7 +41,12 @@ def adapter(
     tensors: dict[str, np.ndarray] = {}
     for name, shape in shapes(base).items():
         module = name.removesuffix(".weight")
-        if module.rpartition(".")[2] in targets:
+        end = module.rpartition(".")[2]
+        if end == "embed_tokens" and end in targets:  # looked up, not multiplied with; PEFT saves it beside its change
+            tensors[f"{PREFIX}{module}.base_layer.weight"] = tiny.values(name, shape).astype(np.float16)
+            tensors[f"{PREFIX}{module}.lora_embedding_A"] = values(folder.name + name + "A", (rank, shape[0]))
+            tensors[f"{PREFIX}{module}.lora_embedding_B"] = size * values(folder.name + name + "B", (shape[1], rank))
+        elif end in targets:
             tensors[f"{PREFIX}{module}.lora_A.weight"] = values(folder.name + name + "A", (rank, shape[1]))
             tensors[f"{PREFIX}{module}.lora_B.weight"] = size * values(folder.name + name + "B", (shape[0], rank))
         elif rows and module.endswith(("embed_tokens", "lm_head")):

@@ -121,8 +121,7 @@ class _Reader:
         return new
 
     def _from_base(self, name: str) -> Tensor:
-        if name == self.plan.from_embedding:
-            name = next(n for n, to in self.base.arch.tensors.items() if to.name == "token_embd.weight")
+        name = self.plan.sources.get(name, name)
         tensor = self.base.read(name)
         if name not in self.digests:
             self.digests[name] = tensor_digest(tensor)

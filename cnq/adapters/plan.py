@@ -42,13 +42,13 @@ class Step:
 class Plan:
     """config, entries: of the merged model. steps: tensor -> what happens to it, in order. notes: for the user.
 
-    from_embedding: the name of an output head that gets the embedding's numbers, since the two are no longer the same.
+    sources: tensors that the base has under another name: an output head that shared the embedding's rows and does no more.
     """
 
     config: Config
     entries: dict[str, Entry]
     steps: dict[str, list[Step]] = field(default_factory=dict)
-    from_embedding: str | None = None
+    sources: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -216,7 +216,7 @@ class _Planner:
         self.plan.config["tie_word_embeddings"] = False
         self.plan.entries[head] = self.plan.entries[embedding]
         self.plan.steps[head] = list(self.plan.steps.get(embedding, []))
-        self.plan.from_embedding = head
+        self.plan.sources[head] = embedding
         self.plan.notes.append(
             f"{adapter.name} changes {embedding} and {head} in different ways: they no longer share their rows "
             "(tie_word_embeddings false)"
