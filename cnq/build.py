@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from . import catalog, corpus
+from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
 from .corpus import Chunks, Used, peoples_daily
 from .engine.model import Model
@@ -122,7 +123,7 @@ def build(
 def _require_room(entry: catalog.Model, folder: Path) -> None:
     """The float GGUF and a Q4_K_M beside the checkpoint; exact sizes are checked again at each step."""
     if entry.path and entry.path.is_dir():
-        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin"))
+        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin", ".pth"))
     else:
         need = 2 * (entry.params or 0)
     done = sum(f.stat().st_size for f in folder.glob("*.gguf"))
@@ -155,6 +156,8 @@ def _converted(
         return _Done(found.notes)
 
     inputs = _files(source)
+    if folder_of(source) == source.parent:
+        inputs |= _named(source.parent / "tokenizer.model")
     for number, lora in enumerate(loras, 1):
         inputs |= {f"lora {number}/{name}": file for name, file in _files(lora).items()}
     seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)

@@ -105,7 +105,8 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         if tokenizer != folder and (tokenizer / name).is_file():
             shutil.copyfile(tokenizer / name, folder / name)
     if checkpoint.path.is_dir():
-        for file in (checkpoint.path / "generation_config.json", *checkpoint.path.glob("*.py")):
+        own_code = checkpoint.path.glob("*.py") if "auto_map" in checkpoint.config else ()
+        for file in (checkpoint.path / "generation_config.json", *own_code):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
 

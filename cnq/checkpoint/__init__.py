@@ -18,6 +18,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """
     try:
         if path.is_file():
+            if path.suffix in (".pth", ".bin", ".safetensors"):
+                raise CheckpointError(f"{path} is one file of a checkpoint. Give its directory: {path.parent}")
             return open_gguf(path)
         return open_meta(path) if path.is_dir() and is_meta(path) and not has_weights(path) else open_hf(path)
     except OSError as error:

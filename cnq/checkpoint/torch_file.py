@@ -8,6 +8,8 @@ from ..errors import CheckpointError
 from ..gguf_file import Tensor
 from .checkpoint import Entry, Weights, float_type, typed
 
+_MOST_TOUCHED = 128 << 20  # bytes of a mapping that are read before it is made anew: what was read counts as ours until then
+
 
 def read_torch(path: Path) -> Weights:
     """The tensors of a file, memory-mapped unless it is older than torch 1.6. Raises CheckpointError.
@@ -29,10 +31,12 @@ def read_torch(path: Path) -> Weights:
         return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
 
     load = partial(torch.load, path, map_location="cpu", weights_only=True)
+    mapped = True
     try:
         try:
             state = load(mmap=True)
         except RuntimeError:  # saved before torch 1.6: not a zip, cannot be mapped
+            mapped = False
             state = load()
     except Exception as error:  # torch raises half a dozen kinds for a damaged or hostile pickle
         # what was found comes after the advice to switch the protection off
@@ -47,7 +51,13 @@ def read_torch(path: Path) -> Weights:
             f"{path} is not plain weights: {found}, expected names and tensors. Use the model that save_pretrained wrote."
         )
 
+    touched = 0
+
     def read(name: str, entry: Entry) -> Tensor:
+        nonlocal state, touched
+        if mapped and touched > _MOST_TOUCHED:
+            state, touched = load(mmap=True), 0
+        touched += entry.nbytes
         raw = state[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
         return Tensor(name, entry.type, entry.shape, typed(raw, entry.type, entry.shape))
 
