@@ -292,6 +292,13 @@ TENSORS: dict[str, tuple[Callable[[Tensors], dict[str, np.ndarray | None]], str]
         lambda t: {B0.replace("B.", "B.one."): t[B0], B0.replace("B.", "B.two."): t[B0]},
         "holds several adapters .one, two.",
     ),
+    "twice": (lambda t: {B0.replace("weight", "default.weight"): t[B0]}, "says a second time what becomes of .*q_proj"),
+    "two kinds": (lambda t: {f"{LAYER}.lora_embedding_A": t[A0]}, "changed as an embedding and as a linear layer"),
+    "an embedding of no rows": (lambda t: {f"{PREFIX}lm_head.weight": ONES}, r"lm_head.weight as \(64,\), in the base it is"),
+    "no rows": (
+        lambda t: {f"{PREFIX}lm_head.token_adapter.trainable_tokens_delta": np.zeros((0, 64), np.float32)},
+        "says nothing of them",
+    ),
     "no name of ours": (lambda t: {"x": t[B0]}, "tensors that cnq does not know: x"),
     "a model": (lambda t: dict.fromkeys(t) | {"model.norm.weight": ONES}, "no lora_A and lora_B"),
     "a magnitude": (lambda t: {f"{LAYER}.lora_magnitude_vector": ONES}, "settings are of plain LoRA"),

@@ -107,7 +107,7 @@ def read_adapter(path: Path, *, alpha: float | None = None, rank: int | None = N
         low_rank=low_rank,
         whole=parts.whole,
         rows={f"{module}.weight": _rows(file, module, values, settings) for module, values in parts.rows.items()},
-        apart=frozenset(parts.apart | {name for name in parts.whole if settings.saves(name.rpartition(".")[0])}),
+        apart=frozenset(parts.apart.keys() | {name for name in parts.whole if settings.saves(name.rpartition(".")[0])}),
         tokenizer=path if any((path / name).is_file() for name in _TOKENIZERS) else None,
     )
 
@@ -162,48 +162,50 @@ class _Parts:
     low_rank: dict[str, dict[str, Weight]]
     whole: dict[str, Weight]
     rows: dict[str, Weight]
-    apart: set[str]
+    apart: dict[str, Weight]
 
 
 def _parts(file: Path, weights: Weights) -> _Parts:
     """The file's tensors by what they are."""
-    parts = _Parts({}, {}, {}, set())
-    saved: dict[str, Weight] = {}
-    adapters: set[str] = set()
-    unknown = []
-    for name, weight in weights.items():
-        if name.endswith(DROPPED):
-            continue
-        kind, match = next(((k, m) for k, pattern in _PLACES if (m := pattern.fullmatch(name))), ("", None))
-        if match is None:
-            unknown.append(name)
-            continue
-        found, module = match.groupdict(), match["module"]
-        if found.get("name"):
-            adapters.add(match["name"])
-        if kind == "rows":
-            parts.rows[module] = weight
-        elif kind == "apart":
-            saved[f"{module}.{found['of']}"] = weight
-        elif kind == "whole":
-            parts.whole[f"{module}.{found['of']}"] = weight
-        elif kind != "copy":
-            parts.low_rank.setdefault(module, {})[kind] = weight
-    if unknown:
+    places = {name: _place(name) for name in weights if not name.endswith(DROPPED)}
+    if unknown := [name for name, (kind, _) in places.items() if not kind]:
         raise CheckpointError(f"{file}: tensors that cnq does not know: {listed(unknown)}. Merge it with PEFT.")
-    if len(adapters) > 1:
+    if len(adapters := {found["name"] for _, found in places.values() if found.get("name")}) > 1:
         raise CheckpointError(
             f"{file} holds several adapters ({listed(sorted(adapters))}). Save the one that is meant by itself."
         )
-    parts.apart.update(saved)
+    parts = _Parts({}, {}, {}, {})
+    for name, (kind, found) in places.items():
+        module, tensor = found["module"], f"{found['module']}.{found.get('of')}"
+        match kind:
+            case "copy":
+                continue
+            case "rows":
+                group, key = parts.rows, module
+            case "apart":
+                group, key = parts.apart, tensor
+            case "whole":
+                group, key = parts.whole, tensor
+            case _:
+                group, key = parts.low_rank.setdefault(module, {}), kind
+        if key in group:
+            raise CheckpointError(f"{file}: {name} says a second time what becomes of {module}. Save the adapter again.")
+        group[key] = weights[name]
     # With a resized embedding PEFT saves a module twice, and loads what has no modules_to_save in its name.
-    parts.whole.update({name: weight for name, weight in saved.items() if name not in parts.whole})
+    parts.whole.update({name: weight for name, weight in parts.apart.items() if name not in parts.whole})
     return parts
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """(kind, named parts) of a tensor's name; ("", {}) of one that is not known."""
+    return next(((kind, m.groupdict()) for kind, pattern in _PLACES if (m := pattern.fullmatch(name))), ("", {}))
 
 
 def _low_rank(file: Path, module: str, found: dict[str, Weight], settings: Settings) -> LowRank:
     embedding = any(kind.startswith("embedding") for kind in found)
     a, b = (found.get(f"embedding_{side}" if embedding else side) for side in "ab")
+    if embedding and found.keys() & {"a", "b", "bias"}:
+        raise CheckpointError(f"{file}: {module} is changed as an embedding and as a linear layer. Save the adapter again.")
     if a is None or b is None:
         has, lacks = ("lora_A", "lora_B") if a else ("lora_B", "lora_A")
         raise CheckpointError(f"{file}: {module} has {has} but no {lacks}. The adapter was not saved whole: save it again.")
@@ -234,8 +236,8 @@ def _low_rank(file: Path, module: str, found: dict[str, Weight], settings: Setti
 def _rows(file: Path, module: str, values: Weight, settings: Settings) -> Rows:
     at = settings.tokens_of(module)
     shape = values[0].shape
-    if at is None or len(shape) != 2 or len(at) != shape[0]:
-        says = "says nothing of them" if at is None else f"names {len(at)} rows"
+    if not at or len(shape) != 2 or len(at) != shape[0]:
+        says = f"names {len(at)} rows" if at else "says nothing of them"
         raise CheckpointError(
             f"{file}: {module} has trained rows {shape}, but trainable_token_indices in {CONFIG} {says}. "
             f"Use the {CONFIG} that was saved with these weights."

@@ -54,16 +54,16 @@ class Merge:
 
     def notes(self) -> tuple[str, ...]:
         """What came to light while the tensors were read."""
-        if not (unchanged := self._reader.unchanged):
-            return ()
-        return (f"the merge changes {len(unchanged)} tensors by less than their type can hold: {listed(sorted(unchanged))}",)
+        steps = self._reader.plan.steps
+        lost = [n for n in sorted(self._reader.unchanged) if not all(isinstance(step.what, Whole) for step in steps[n])]
+        return (f"the merge changes {len(lost)} tensors by less than their type can hold: {listed(lost)}",) if lost else ()
 
 
 def merge(base: Checkpoint, adapters: Sequence[Adapter], dtype: TensorType | None = None) -> Merge:
     """Plan the merge of adapters, in this order, into a base.
 
     The result equals PEFT's: each adapter loaded onto the model before it in float32 and merged, and in the end, once,
-    rounded: matrices to `dtype`, without it as vectors to the type they have in the base. The tokenizer is that of the last
+    rounded: matrices to `dtype`; vectors, and without it all, to their type in the base. The tokenizer is that of the last
     adapter that brings one.
     Raises CheckpointError and VocabMismatch: adapters that do not fit the base, or one another in this order.
     """
@@ -178,7 +178,7 @@ class _Reader:
         if expected not in (None, digest):
             raise CheckpointError(
                 f"{self.adapters[0].path} was trained on a base of content digest {expected}, {self.base.path} has {digest}: "
-                "another base, if with the same shapes. Give the one it was trained on."
+                "another base, though of the same shapes. Give the one it was trained on."
             )
         return self.record | {"base": self.record["base"] | {"content_sha256": digest}}
 

@@ -161,7 +161,8 @@ class _Planner:
         """Follow the vocabulary: it grows from adapter to adapter, or stays; an adapter's tokenizer is of its size."""
         rows = int(self.plan.config["vocab_size"])
         vocabulary = [name for name in (self.embedding, self.head) if name in self.plan.entries]
-        brought = {name: adapter.whole[name][0].shape[0] for name in vocabulary if name in adapter.whole}
+        shapes = {name: adapter.whole[name][0].shape for name in vocabulary if name in adapter.whole}
+        brought = {name: shape[0] for name, shape in shapes.items() if len(shape) == 2}
         if brought:
             found = max(brought.values())
             if min(brought.values()) < rows:
