@@ -138,7 +138,7 @@ def _metadata(
     config, arch = checkpoint.config, checkpoint.arch
     writer = gguf.GGUFWriter(path=None, arch=arch.gguf)
     writer.add_type(gguf.GGUFType.MODEL)
-    general, notes = described(checkpoint.path, name, model_card, sum(prod(t.shape) for t in tensors))
+    general, notes = described(checkpoint.path, name, model_card, tensors)
     if checkpoint.origin:
         general.base_models = _parents(checkpoint.origin.planned)
     general.set_gguf_meta_model(writer)
@@ -165,8 +165,9 @@ def _parents(record: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def described(path: Path, name: str | None, model_card: Path | None, n_params: int) -> tuple[gguf.Metadata, list[str]]:
+def described(path: Path, name: str | None, model_card: Path | None, tensors: list[Planned]) -> tuple[gguf.Metadata, list[str]]:
     """Authorship, licence and size, from the model card and config.json in a folder, and a name or the path's; and notes."""
+    n_params = sum(prod(t.shape) for t in tensors)
     path = path.resolve() if path.name in ("", "..") else path  # "." has no name
 
     def load(folder: Path | None) -> gguf.Metadata:

@@ -52,7 +52,7 @@ def convert_lora(src: Path, dst: Path, *, base: Path, dtype: str = "f32", force:
     writer = gguf.GGUFWriter(path=None, arch=checkpoint.arch.gguf)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-    general, notes = described(adapter.path, None, adapter.path, 0)
+    general, notes = described(adapter.path, None, adapter.path, [])
     general.set_gguf_meta_model(writer)
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
