@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .checkpoint.checkpoint import write_origin
-from .checkpoint.hf import TOKENIZER_FILES, write_safetensors
+from .checkpoint.hf import copy_tokenizer, write_safetensors
 from .files import replacing, require_replaceable
 from .gguf_file import BF16, F16, F32, Planned, TensorType, encoded
 
@@ -101,9 +101,8 @@ def write_hf(
 def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
     """The tokenizer's files, and what else of a model's directory transformers reads beside config.json and weights."""
     tokenizer = checkpoint.tokenizer(folder)
-    for name in TOKENIZER_FILES:
-        if tokenizer != folder and (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, folder / name)
+    if tokenizer != folder:
+        copy_tokenizer(tokenizer, folder)
     if checkpoint.path.is_dir():
         own_code = checkpoint.path.glob("*.py") if "auto_map" in checkpoint.config else ()
         for file in (checkpoint.path / "generation_config.json", *own_code):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_meta
-from test_bad_input import Malicious, edited, refused, run
+from test_bad_input import JUNK, Malicious, damaged, edited, refused, run, with_junk
 from test_build import run as build
 from tiny_meta import torch
 
@@ -18,7 +19,7 @@ from cnq.checkpoint import open_checkpoint
 from cnq.checkpoint.digest import content_digest
 from cnq.checkpoint.meta_params import config_of, feed_forward
 from cnq.convert import convert
-from cnq.errors import UnsupportedVocab
+from cnq.errors import CnqError, UnsupportedVocab
 from cnq.gguf_file import GgufFile
 from cnq.to_hf import to_hf
 
@@ -401,3 +402,41 @@ def test_a_pickle_that_runs_code_is_refused(sound, tmp_path):
     message = refused(tmp_path, "convert", tmp_path / "model", tmp_path / "out.gguf", saying=("not plain weights", "io.open"))
     assert "weights_only" not in message
     assert not (tmp_path / "owned").exists()
+
+
+def test_params_with_junk(sound, tmp_path):
+    """Converting either works or raises a CnqError."""
+    model = tmp_path / "model"
+    shutil.copytree(sound, model)
+    given = json.loads((model / "params.json").read_text())
+    dice = random.Random(0)
+    failed = 0
+    for n in range(150):
+        content = with_junk(given, dice) if n % 2 else given | {dice.choice(OTHER_PARAMS): dice.choice(JUNK)}
+        (model / "params.json").write_text(json.dumps(content))
+        try:
+            convert(model, tmp_path / "out.gguf", force=True)
+        except CnqError:
+            failed += 1
+    assert 50 < failed < 150
+    assert {p.name for p in tmp_path.iterdir()} <= {"model", "out.gguf"}
+
+
+OTHER_PARAMS = ["model", "rope_theta", "use_scaled_rope", "max_seq_len"]
+
+
+@pytest.mark.parametrize("file", ["consolidated.00.pth", "tokenizer.model"])
+def test_damaged_files(tmp_path, file):
+    model = tmp_path / "model"
+    meta = tiny_meta.checkpoint(tiny_meta.llama3(tmp_path / "made"), model, embedding_dim=0, rope_theta=5e5)
+    raw = (meta / file).read_bytes()
+    dice = random.Random(0)
+    failed = 0
+    for _ in range(100):
+        (meta / file).write_bytes(damaged(raw, dice, 2000))
+        try:
+            convert(meta, tmp_path / "out.gguf", force=True)
+        except CnqError:
+            failed += 1
+    assert 10 < failed <= 100
+    assert {p.name for p in tmp_path.iterdir()} <= {"made", "model", "out.gguf"}

@@ -105,14 +105,17 @@ def test_a_hugging_face_directory_is_copied_in_other_shards(tmp_path):
     tiny.save(source / "model.safetensors", rest, "BF16")
     for name in ("generation_config.json", "tokenization_own.py", "added_tokens.json"):
         (source / name).write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     (source / "train.log").write_text("secret")
     back = to_hf(source, tmp_path / "back", max_shard_bytes=100_000).path
     assert raw(back) == raw(source)
     assert raw(back)["model.norm.weight"][0] == "F32"
     names = {"generation_config.json", "tokenization_own.py", "added_tokens.json", "tokenizer.model", "tokenizer_config.json"}
-    assert {p.name for p in back.iterdir()} == names | {"config.json", "model.safetensors.index.json"} | {
-        p.name for p in back.glob("model-*.safetensors")
-    }
+    assert {p.name for p in back.iterdir()} == names | {"additional_chat_templates"} | {
+        "config.json",
+        "model.safetensors.index.json",
+    } | {p.name for p in back.glob("model-*.safetensors")}
 
 
 def test_a_hugging_face_directory_in_another_type(tmp_path):

@@ -1,7 +1,6 @@
 """A LLaMA checkpoint → Meta's layout: consolidated.NN.pth for tensor-parallel ranks, params.json, tokenizer.model."""
 
 import json
-import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from cnq import terminal, vocab
 from cnq.archs.arch import Config, head_dim, rope
 from cnq.checkpoint import Checkpoint, open_checkpoint
 from cnq.checkpoint.checkpoint import Entry, write_origin
-from cnq.checkpoint.hf import TOKENIZER_FILES
+from cnq.checkpoint.hf import copy_tokenizer
 from cnq.checkpoint.meta import EMBEDDING, HEAD, layout, shard_name
 from cnq.checkpoint.meta_params import LLAMA3_FACTORS, LLAMA3_SCALING, Params, config_of, feed_forward
 from cnq.cli import FILE, FORCE, JSON, Command
@@ -229,9 +228,7 @@ def _write_shards(
 
 def _write_tokenizer(tokens: Path, vocabulary: Vocab, folder: Path) -> list[str]:
     """The tokenizer's files as they are, with LLaMA 3's tokenizer.model where tokenizer.json is equal to one; and notes."""
-    for name in TOKENIZER_FILES:
-        if (tokens / name).is_file():
-            shutil.copyfile(tokens / name, folder / name)
+    copy_tokenizer(tokens, folder)
     if (folder / "tokenizer.model").is_file():
         return []
     if (ranks := tiktoken.dump(vocabulary)) is None:

@@ -1,7 +1,6 @@
 """Base + adapters → a checkpoint whose tensors are merged as they are read: nothing is held but one tensor and its changes."""
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from .. import __version__, catalog
 from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import Entry, Origin, typed
 from ..checkpoint.digest import overall, tensor_digest
-from ..checkpoint.hf import TOKENIZER_FILES
+from ..checkpoint.hf import copy_tokenizer
 from ..errors import CheckpointError, listed
 from ..files import sha256
 from ..gguf_file import F32, Tensor, TensorType, encoded
@@ -75,9 +74,7 @@ def merge(base: Checkpoint, adapters: Sequence[Adapter], dtype: TensorType | Non
     def tokenizer(scratch: Path) -> Path:
         if brought is None:
             return base.tokenizer(scratch)
-        for name in TOKENIZER_FILES:
-            if (brought / name).is_file():
-                shutil.copyfile(brought / name, scratch / name)
+        copy_tokenizer(brought, scratch)
         (scratch / "config.json").write_text(json.dumps(planned.config), encoding="utf-8")  # it may name bos and eos
         return scratch
 

@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, tokenizer files, and weights in safetensors or .bin, one file or shards."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,8 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -200,6 +203,15 @@ def _safetensors(path: Path) -> Weights:
         else:
             weights[name] = Entry(F32, tensor.shape), partial(read, name, F32, tensor.shape)
     return weights
+
+
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files from one folder to another."""
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    if (templates := src / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, dst / templates.name)
 
 
 def write_safetensors(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:

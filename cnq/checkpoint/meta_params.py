@@ -70,7 +70,7 @@ def config_of(path: Path, params: Params, shapes: dict[str, Shape], *, llama3: b
     notes: list[str] = []
     dim, heads, scaled = params["dim"], params["n_heads"], bool(params.get("use_scaled_rope"))
     rows = shapes["tok_embeddings.weight"][0]
-    if params.get("vocab_size", -1) not in (-1, rows):
+    if params.get("vocab_size") not in (None, -1, rows):
         notes.append(f"params.json says vocab_size {params['vocab_size']}, the embedding has {rows} rows: {rows} it is")
     config: Config = {
         "architectures": ["LlamaForCausalLM"],
@@ -97,7 +97,7 @@ def config_of(path: Path, params: Params, shapes: dict[str, Shape], *, llama3: b
 
 
 def _intermediate_size(path: Path, params: Params, found: int) -> int:
-    if "multiple_of" in params:
+    if params.get("multiple_of"):
         said = feed_forward(params["dim"], params["multiple_of"], params.get("ffn_dim_multiplier"))
         if said != found:
             raise CheckpointError(
@@ -113,7 +113,7 @@ def _kv_heads(path: Path, params: Params, found: int, notes: list[str]) -> int:
     said = params.get("n_kv_heads") or params["n_heads"]
     if found == said * size:
         return int(said)
-    if params.get("n_kv_heads") or found % size or params["n_heads"] % (found // size or 1):
+    if params.get("n_kv_heads") or found % size or params["n_heads"] % (found // size):
         raise CheckpointError(
             f"{path}: attention.wk has {found} rows, by params.json (n_kv_heads {said}, heads of {size}) it should have "
             f"{said * size}. Weights and params.json are of different models: get both from one place."
