@@ -66,6 +66,7 @@ def _prepare() -> None:
 @cli.command()
 @click.argument("model")
 @click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True, help="Quantization; repeatable.")
+@click.option("--lora", "loras", multiple=True, help="Adapter to merge into MODEL, directory or hub id; repeatable, in order.")
 @click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
 @FORMAT
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
@@ -82,6 +83,8 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
     \b
     cnq build tiny
     cnq build 7b -t Q4_K_M -t Q8_0 --out /data/alpaca
+    cnq build 7b-plus                                LLaMA + Chinese-LLaMA-Plus + Chinese-Alpaca-Plus
+    cnq build 7b --lora my-adapter/
     cnq build ./my-merged-model --format llama-2
     """
     from .build import build
@@ -117,6 +120,7 @@ def models(as_json: bool) -> None:
               help="Of the matrices; auto = the checkpoint's.")  # fmt: skip
 @click.option("--name", help="general.name.  [default: from the model card or the directory]")
 @click.option("--format", help="Prompt format to write when the checkpoint has no chat template: alpaca, llama-2, …")
+@click.option("--lora", "loras", type=FILE, multiple=True, help="Adapter to merge on the way; repeatable, in order.")
 @FORCE
 @JSON
 def convert(as_json: bool, **options: Any) -> None:
@@ -128,6 +132,7 @@ def convert(as_json: bool, **options: Any) -> None:
     cnq convert chinese-alpaca-2-7b/ a2-f16.gguf --dtype f16
     cnq convert llama/13B llama-13b.gguf
     cnq convert my-sft-model/ my.gguf --format llama-2
+    cnq convert chinese-alpaca-2-7b/ my.gguf --lora my-adapter/
     """
     from .convert import convert
 
@@ -136,6 +141,29 @@ def convert(as_json: bool, **options: Any) -> None:
     terminal.emit(result, as_json, lambda r: click.echo(
         f"{r.path}: {r.arch}, {r.dtype}, {r.n_tensors} tensors, {r.n_params:,} weights, {r.n_vocab} tokens, "
         f"{terminal.size(r.nbytes)} in {r.seconds:.1f} s"
+    ))  # fmt: skip
+
+
+@cli.command("convert-lora")
+@click.argument("src", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option("--base", type=FILE, required=True, help="The checkpoint that the adapter was trained on.")
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), default="f32", show_default=True)
+@FORCE
+@JSON
+def convert_lora_command(as_json: bool, **options: Any) -> None:
+    """Write the LoRA adapter SRC as the GGUF DST, which llama.cpp and Ollama lay over the base's GGUF at run time.
+
+    Only for adapters of low-rank changes and nothing else; others have to be merged: cnq convert --lora.
+
+    \b
+    cnq convert-lora my-adapter/ my-adapter.gguf --base chinese-alpaca-2-7b/
+    """
+    from .convert_lora import convert_lora
+
+    terminal.emit(convert_lora(**options), as_json, lambda r: click.echo(
+        f"{r.path}: {r.arch}, {r.dtype}, {r.n_modules} matrices, alpha {r.alpha:g}, {terminal.size(r.nbytes)} "
+        f"in {r.seconds:.1f} s"
     ))  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
@@ -92,6 +93,13 @@ def require_space(folder: Path, need: int) -> None:
         raise NoSpace(
             f"{folder}: {decimal(need)} needed, {decimal(free)} free. Make room, or name an output on another disk (--out)."
         )
+
+
+def require_memory(need: int, task: str) -> None:
+    """Raise NoSpace unless `need` bytes of memory are free."""
+    free = psutil.virtual_memory().available
+    if free < need:
+        raise NoSpace(f"{decimal(need)} of memory needed to {task}, {decimal(free)} free. Close other programs.")
 
 
 def require_replaceable(dst: Path, src: Path, marker: str) -> None:

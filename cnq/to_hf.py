@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Checkpoint, open_checkpoint
-from .checkpoint.hf import TOKENIZER_FILES, write_safetensors
+from .checkpoint.checkpoint import write_origin
+from .checkpoint.hf import copy_tokenizer, write_safetensors
 from .files import replacing, require_replaceable
 from .gguf_file import BF16, F16, F32, Planned, TensorType, encoded
 
@@ -84,7 +85,8 @@ def write_hf(
         config = {key: value for key, value in checkpoint.config.items() if key != "dtype"}  # transformers 5's torch_dtype
         config["torch_dtype"] = {F16: "float16", BF16: "bfloat16", F32: "float32"}[written]
         (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-        _write_shards(folder, planned, max_shard_bytes, wrote)
+        write_shards(folder, planned, max_shard_bytes, wrote)
+        write_origin(checkpoint, folder)
     return Restored(
         path=dst,
         arch=checkpoint.arch.gguf,
@@ -107,15 +109,6 @@ def _copy_files(checkpoint: Checkpoint, folder: Path) -> None:
         for file in (checkpoint.path / "generation_config.json", *own_code):
             if file.is_file():
                 shutil.copyfile(file, folder / file.name)
-
-
-def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Copy a tokenizer's files from one folder to another."""
-    for name in TOKENIZER_FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
-    if (templates := src / "additional_chat_templates").is_dir():
-        shutil.copytree(templates, dst / templates.name)
 
 
 def _target(checkpoint: Checkpoint, matrix: TensorType, dtype: str) -> TensorType | None:
@@ -148,7 +141,7 @@ def _widened(chunk: np.ndarray, type: TensorType) -> np.ndarray:
     return chunk.reshape(-1).astype(np.float32)
 
 
-def _write_shards(folder: Path, planned: list[Planned], max_bytes: int, wrote: Callable[[int], object]) -> None:
+def write_shards(folder: Path, planned: list[Planned], max_bytes: int, wrote: Callable[[int], object]) -> None:
     """One file, or as many as max_bytes asks for, with the index that transformers reads."""
     shards: list[list[Planned]] = [[]]
     for t in planned:

@@ -15,14 +15,14 @@ from cnq import terminal, vocab
 from cnq.archs.arch import Config, head_dim
 from cnq.archs.hparams import rope
 from cnq.checkpoint import Checkpoint, open_checkpoint
-from cnq.checkpoint.checkpoint import Entry
+from cnq.checkpoint.checkpoint import Entry, write_origin
+from cnq.checkpoint.hf import copy_tokenizer
 from cnq.checkpoint.meta import EMBEDDING, HEAD, layout, shard_name
 from cnq.checkpoint.meta_params import LLAMA3_FACTORS, LLAMA3_SCALING, Params, config_of, feed_forward
 from cnq.cli import FILE, FORCE, JSON, Command
 from cnq.errors import CheckpointError, UnsupportedArch, listed
 from cnq.files import replacing, require_replaceable
 from cnq.gguf_file import BF16, F16, F32, Tensor, encoded
-from cnq.to_hf import copy_tokenizer
 from cnq.vocab import Vocab, tiktoken
 
 from .pth_file import writing
@@ -90,6 +90,7 @@ def write_meta(
             (folder / "params.json").write_text(json.dumps(params), encoding="utf-8")
             notes = _write_tokenizer(tokens, vocabulary, folder)
             _write_shards(checkpoint, plan, ranks, folder, wrote)
+            write_origin(checkpoint, folder)
     shapes = {name: checkpoint.entries[hf].shape for name, (hf, _) in plan.items()}
     understood, _ = config_of(dst, params, shapes, llama3=llama3, tied=bool(config.get("tie_word_embeddings")))
     return WrittenMeta(

@@ -1,9 +1,11 @@
 """What every kind of checkpoint gives: config, tokenizer files, tensor names, and one tensor at a time."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +28,9 @@ class Entry:
         return prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
 
 
-# What a file of weights gives: tensor name -> what is known of it, and how to read it.
-Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
+# What a file of weights gives: what is known of a tensor, and how to read it; by tensor name.
+Weight = tuple[Entry, Callable[[], Tensor]]
+Weights = dict[str, Weight]
 
 _FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
 
@@ -48,6 +51,22 @@ def typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarr
     return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
 
 
+ORIGIN_FILE, ORIGIN_KEY = "cnq_merge.json", "cnq.merge"  # in a directory; in a GGUF
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was merged into a model: the content of cnq_merge.json, and of a GGUF's cnq.merge.
+
+    planned: the record as far as it is known before the tensors are read; digests not known yet are zeros.
+    seal: the record, once every tensor has been read. Of a merge under way it raises CheckpointError when the merge changed
+    nothing, or the base was not the one that an adapter names.
+    """
+
+    planned: dict[str, Any]
+    seal: Callable[[], dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model on disk, under Hugging Face's tensor names.
@@ -58,6 +77,7 @@ class Checkpoint:
     read: name -> the tensor, memory-mapped.
     tokenizer: scratch directory -> directory with tokenizer files (the scratch, when they had to be made).
     notes: what was put right on the way, for the user to know.
+    origin: what was merged into it, as far as cnq did it.
     """
 
     path: Path
@@ -67,6 +87,7 @@ class Checkpoint:
     read: Callable[[str], Tensor]
     tokenizer: Callable[[Path], Path]
     notes: tuple[str, ...] = ()
+    origin: Origin | None = None
 
     def placed(self) -> dict[str, list[Link]]:
         """GGUF name -> what it is made of, one link or one for each expert, in file order.
@@ -101,3 +122,10 @@ def require_shape(path: Path, name: str, found: tuple[int, ...], expected: tuple
             f"{path}: {name} is {found}, by {config} it should be {expected}. "
             f"Weights and {config} are of different models: get both from one place."
         )
+
+
+def write_origin(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write cnq_merge.json, if the checkpoint has an origin, into a directory that holds all its tensors. See Origin.seal."""
+    if checkpoint.origin:
+        text = json.dumps(checkpoint.origin.seal(), indent=2, ensure_ascii=False)
+        (folder / ORIGIN_FILE).write_text(text, encoding="utf-8", errors="replace")

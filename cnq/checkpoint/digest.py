@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..gguf_file import Tensor
 from .checkpoint import Checkpoint
 
 
@@ -24,6 +25,12 @@ def tensor_digests(
         done += entry.nbytes
         progress(done, total)
     return digests
+
+
+def tensor_digest(tensor: Tensor) -> tuple[str, str]:
+    """("F16 (32000, 4096)", sha256 of the bytes, row after row) of a tensor."""
+    raw = np.ascontiguousarray(tensor.data)
+    return f"{tensor.type.name} {tensor.shape}", hashlib.sha256(raw.data).hexdigest()
 
 
 def content_digest(checkpoint: Checkpoint, progress: Callable[[int, int], object] = lambda done, total: None) -> str:

@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, tokenizer files, and weights in safetensors or .bin, one file or shards."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from .. import archs
 from ..archs.arch import DROPPED, Config
 from ..errors import CheckpointError, listed
 from ..gguf_file import F32, Planned, Tensor, TensorType
-from .checkpoint import Checkpoint, Entry, Weights, float_type, typed
+from .checkpoint import ORIGIN_FILE, Checkpoint, Entry, Origin, Weights, float_type, typed
 from .torch_file import read_torch
 
 TOKENIZER_FILES = (
@@ -39,7 +40,7 @@ def open_hf(path: Path) -> Checkpoint:
     arch = archs.of_config(config)
     weights: Weights = {}
     for shard in _shards(path):
-        found = _safetensors(shard) if shard.suffix == ".safetensors" else read_torch(shard)
+        found = read_weights(shard)
         if twice := weights.keys() & found.keys():
             raise CheckpointError(
                 f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download."
@@ -61,7 +62,16 @@ def open_hf(path: Path) -> Checkpoint:
         read=lambda name: weights[name][1](),
         tokenizer=lambda scratch: path,
         notes=tuple(notes),
+        origin=read_origin(path),
     )
+
+
+def read_origin(folder: Path) -> Origin | None:
+    """What cnq_merge.json says, in a directory that has one. Raises CheckpointError when it is no JSON object."""
+    if not (folder / ORIGIN_FILE).is_file():
+        return None
+    record = read_json(folder / ORIGIN_FILE)
+    return Origin(record, lambda: record)
 
 
 def has_weights(path: Path) -> bool:
@@ -168,6 +178,11 @@ def _require_indexed(path: Path, found: set[str]) -> None:
             )
 
 
+def read_weights(path: Path) -> Weights:
+    """The tensors of one file, safetensors or .bin, none of them read. Raises CheckpointError."""
+    return _safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+
+
 def _safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="np"):  # checks header, offsets and file size as the format demands
@@ -187,6 +202,15 @@ def _safetensors(path: Path) -> Weights:
         else:
             weights[name] = Entry(F32, tensor.shape), partial(read, name, F32, tensor.shape)
     return weights
+
+
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files from one folder to another."""
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    if (templates := src / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, dst / templates.name)
 
 
 def write_safetensors(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:

@@ -15,6 +15,7 @@ from ..errors import CheckpointError, listed
 from ..gguf_file import Tensor
 from . import meta_tokenizer
 from .checkpoint import Checkpoint, Entry, Weights
+from .hf import read_origin
 from .meta_params import Shape, config_of, read_params
 from .torch_file import read_torch
 
@@ -107,6 +108,7 @@ def open_meta(path: Path) -> Checkpoint:
         read=read,
         tokenizer=lambda scratch: meta_tokenizer.write(path, tokens, scratch),
         notes=(*notes, *more_notes),
+        origin=read_origin(path),
     )
 
 
