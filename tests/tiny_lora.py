@@ -16,7 +16,7 @@ ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 
 def shapes(base: Path) -> dict[str, tuple[int, ...]]:
     config = json.loads((base / "config.json").read_text())
-    return {name: shape for name, _, _, shape in of_config(config).expected(config)}
+    return of_config(config).expected(config)
 
 
 def adapter(

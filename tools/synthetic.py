@@ -40,7 +40,7 @@ ROWS, RANK, ALPHA = 49953, 64, 128.0
 def main(folder: Path, layers: int) -> None:
     """Write FOLDER/base and FOLDER/lora."""
     config = CONFIG | {"num_hidden_layers": layers}
-    shapes = {name: shape for name, _, _, shape in LLAMA.expected(config)}
+    shapes = LLAMA.expected(config)
     write_base(folder / "base", config, shapes)
     write_lora(folder / "lora", config, shapes)
 
