@@ -113,7 +113,7 @@ def encoded(tensor: Tensor, type: TensorType, change: Callable[[np.ndarray], np.
         chunk = rows[start : start + step]
         if tensor.type == type and not change:
             values = chunk
-            finite = bool(np.isfinite(chunk if type in (F16, F32) else decode(chunk, type, tensor.name)).all())
+            finite = _all_finite(chunk, type, tensor.name)
         else:
             floats = decode(chunk, tensor.type, tensor.name)
             with np.errstate(over="ignore", invalid="ignore"):
@@ -123,6 +123,17 @@ def encoded(tensor: Tensor, type: TensorType, change: Callable[[np.ndarray], np.
         if not finite:
             raise GgufError(_not_finite(tensor, chunk, start, type))
         yield np.ascontiguousarray(values)
+
+
+_EXPONENTS = {F16: ("<u2", 0x7FFF, 0x7C00), BF16: ("<u2", 0x7FFF, 0x7F80), F32: ("<u4", 0x7FFFFFFF, 0x7F800000)}
+
+
+def _all_finite(stored: np.ndarray, type: TensorType, name: str) -> bool:
+    """By the bits of the exponents, all set in NaN and infinity: many times faster than numpy's isfinite of float16."""
+    if type not in _EXPONENTS:
+        return bool(np.isfinite(decode(stored, type, name)).all())
+    word, without_sign, exponent = _EXPONENTS[type]
+    return bool((np.ascontiguousarray(stored).view(word) & without_sign).max() < exponent)
 
 
 def _not_finite(tensor: Tensor, chunk: np.ndarray, start: int, type: TensorType) -> str:
