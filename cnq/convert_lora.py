@@ -83,7 +83,7 @@ def _require_expressible(checkpoint: Checkpoint, adapter: Adapter) -> None:
     elif adapter.rows:
         reason = f"holds rows of {listed(adapter.rows)}"
     elif altered:
-        reason = f"changes {listed(altered)}, which a GGUF holds stacked, or divided by their length"
+        reason = f"changes {listed(altered)}, which the GGUF does not have as they are"
     elif biased:
         reason = f"has biases ({listed(biased)})"
     elif checkpoint.config.get("tie_word_embeddings"):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from tiny_lora import PREFIX
 
 from cnq import files
-from cnq.adapters import low_rank, merge, read_adapter
+from cnq.adapters import arithmetic, low_rank, merge, read_adapter
 from cnq.adapters.adapter import LowRank
 from cnq.checkpoint import open_checkpoint
 from cnq.checkpoint.checkpoint import Entry
@@ -520,3 +520,14 @@ def test_every_refusal_is_ours(base, lora):
                 merged(base, path)
             except CnqError as error:
                 assert str(path) in str(error), (key, value)
+
+
+@pytest.mark.parametrize("rows", [1, 96, 127, 128, 129, 383, 421, 1024, 4099])
+@pytest.mark.parametrize("columns", [64, 4096, 11008])
+def test_a_product_by_blocks_of_rows_is_that_of_the_whole_to_the_bit(rows, columns):
+    """On which merging by all cores, and PEFT's bits, depend."""
+    blocks = arithmetic.row_blocks(rows, columns)
+    assert [i for part in blocks for i in range(part.start, part.stop)] == list(range(rows))
+    a, b = tiny_lora.values("a", (8, columns)), tiny_lora.values("b", (rows, 8))
+    whole = arithmetic.product(b, a)
+    assert all(np.array_equal(arithmetic.product(b[part], a), whole[part]) for part in blocks)

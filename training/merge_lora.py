@@ -15,9 +15,9 @@ from cnq.checkpoint import open_checkpoint
 from cnq.cli import FORCE, JSON, Command
 from cnq.errors import OutputExists
 from cnq.files import byte_size, require_memory
-from cnq.to_hf import DTYPES, write_hf
+from cnq.to_hf import DTYPES, Restored, write_hf
 
-from .to_meta import write_meta
+from .to_meta import WrittenMeta, write_meta
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def merge_lora(
             raise OutputExists(f"{dst} holds {path}, which is merged from. Name another output.")
     say(f"needs {terminal.size(merging.memory)} of memory for the largest tensor, besides Python and torch themselves")
     require_memory(merging.memory, f"merge into {base}")
+    written: WrittenMeta | Restored
     if output_type == "pth":
         written = write_meta(merging.checkpoint, dst, shards=shards, force=force, progress=progress)
     else:

@@ -58,6 +58,7 @@ class PthFile:
         """A record to write to, whose content begins at a round place: torch.load(mmap=True) wants no unaligned numbers."""
         large = nbytes >= _LARGE
         info = zipfile.ZipInfo(f"{self._stem}/{name}")  # of 1980: no time gets into the file
+        assert self._archive.fp
         at = self._archive.fp.tell() + 30 + len(info.filename.encode()) + (20 if large else 0) + 4
         padding = -at % _ALIGNMENT
         info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding

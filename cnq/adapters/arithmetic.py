@@ -8,7 +8,10 @@ numpy's own float32 product would be nearer to torch's, but not equal, and OpenB
 
 import numpy as np
 
+from ..gguf_file import CHUNK_ELEMENTS
+
 _ROWS = 512  # computed at once in float64
+_STEP = 128  # rows: a product of fewer may add in another order than that of the whole matrix
 
 
 def product(b: np.ndarray, a: np.ndarray) -> np.ndarray:
@@ -22,6 +25,13 @@ def product(b: np.ndarray, a: np.ndarray) -> np.ndarray:
             out[start : start + _ROWS] = b[start : start + _ROWS].astype(np.float64) @ wide
         return out
     return (torch.from_numpy(b) @ torch.from_numpy(a)).numpy()
+
+
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Parts of a matrix whose products are, to the bit, those rows of the whole product; about CHUNK_ELEMENTS numbers each."""
+    step = max(1, CHUNK_ELEMENTS // columns // _STEP) * _STEP
+    starts = range(0, max(step, rows - rows % step), step)
+    return [slice(start, rows if start == starts[-1] else start + step) for start in starts]
 
 
 def lengths(matrix: np.ndarray, axis: int) -> np.ndarray:

@@ -1,8 +1,12 @@
 """Base + adapters → a checkpoint whose tensors are merged as they are read: nothing is held but one tensor and its changes."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,13 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.checkpoint import Entry, Origin, typed
 from ..checkpoint.digest import overall, tensor_digest
 from ..checkpoint.hf import copy_tokenizer
-from ..errors import CheckpointError, listed
+from ..errors import CheckpointError, GgufError, listed
 from ..files import sha256
 from ..gguf_file import F32, Tensor, TensorType, encoded
 from . import low_rank
 from .adapter import Adapter, LowRank, Rows, floats
+from .arithmetic import row_blocks
+from .low_rank import adding, adds_by_rows
 from .plan import Plan, Shift, Step, Whole, memory, plan
 
 _UNKNOWN = "0" * 64  # stands for a digest until it is known
@@ -134,17 +140,26 @@ class _Reader:
                 left.append(step)
         if not left:
             return _rounded(replace(tensor, name=name), entry)
+        plain = [step.what for step in left if isinstance(step.what, LowRank) and adds_by_rows(step.what, step.transposed)]
+        if len(plain) == len(left):
+            with suppress(GgufError):  # which is met again below, and then tells the place in the whole matrix
+                out, squares = _added(tensor, plain, entry)
+                for step, found in zip(left, squares, strict=True):
+                    self._note(step, name, *found)
+                return replace(out, name=name)
         values = floats(tensor)
         for step in left:
             what = step.what
             if isinstance(what, LowRank):
-                module = name.removesuffix(".weight")
-                self.moved[step.adapter, module] = low_rank.add(values, what, step.transposed)
+                self._note(step, name, *low_rank.add(values, what, step.transposed))
             elif isinstance(what, Rows):
                 values[list(what.at)] = what.values[1]().float32()
             elif isinstance(what, Shift):
                 values += what.values[1]().float32() * np.float32(what.scale)
         return _rounded(Tensor(name, F32, entry.shape, values), entry)
+
+    def _note(self, step: Step, name: str, change: float, before: float) -> None:
+        self.moved[step.adapter, name.removesuffix(".weight")] = sqrt(change / max(before, float(np.finfo(np.float32).tiny)))
 
     def effect(self, number: int) -> Effect:
         adapter = self.adapters[number]
@@ -192,17 +207,50 @@ def _record(base: Checkpoint, adapters: list[Adapter]) -> dict[str, Any]:
     }
 
 
+def _added(tensor: Tensor, changes: list[LowRank], entry: Entry) -> tuple[Tensor, list[tuple[float, float]]]:
+    """A matrix with changes added and rounded once, by all cores, each with a few rows that stay in its cache.
+
+    Returns it, and for each change (‖change‖², ‖what it was added to‖²).
+    """
+    rows, adds, out = tensor.rows(), [adding(change) for change in changes], _room(entry)
+    columns = tensor.shape[-1]
+
+    def work(part: slice) -> list[tuple[float, float]]:
+        values = floats(Tensor(tensor.name, tensor.type, (part.stop - part.start, columns), rows[part]))
+        squares = [add(values, part) for add in adds]
+        _store(encoded(Tensor(tensor.name, F32, values.shape, values), entry.type), out[part])
+        return squares
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(work, row_blocks(len(rows), columns)))
+    total = np.sum(found, axis=0)  # (changes, 2)
+    return _typed(tensor.name, out, entry), [(float(change), float(before)) for change, before in total]
+
+
+def _room(entry: Entry) -> np.ndarray:
+    """(rows, bytes of a row) for a tensor's stored form."""
+    width = entry.type.row_bytes(entry.shape[-1])
+    return np.empty((entry.nbytes // width, width), np.uint8)
+
+
+def _typed(name: str, raw: np.ndarray, entry: Entry) -> Tensor:
+    return Tensor(name, entry.type, entry.shape, typed(raw.reshape(-1), entry.type, entry.shape))
+
+
 def _rounded(tensor: Tensor, entry: Entry) -> Tensor:
     """The tensor in another type: rounded to nearest even, and refused where that would overflow."""
     if tensor.type == entry.type:
         return tensor
-    width = entry.type.row_bytes(entry.shape[-1])
-    out = np.empty((entry.nbytes // width, width), np.uint8)
+    out = _room(entry)
+    _store(encoded(tensor, entry.type), out)
+    return _typed(tensor.name, out, entry)
+
+
+def _store(chunks: Iterable[np.ndarray], out: np.ndarray) -> None:
     start = 0
-    for chunk in encoded(tensor, entry.type):
+    for chunk in chunks:
         out[start : start + len(chunk)] = chunk.view(np.uint8)
         start += len(chunk)
-    return Tensor(tensor.name, entry.type, entry.shape, typed(out.reshape(-1), entry.type, entry.shape))
 
 
 def _same(old: Tensor, new: Tensor) -> bool:

@@ -20,8 +20,7 @@ def tensor_digests(
     done = 0
     digests = {}
     for name, entry in checkpoint.entries.items():
-        raw = np.ascontiguousarray(checkpoint.read(name).data)
-        digests[name] = f"{entry.type.name} {entry.shape}", hashlib.sha256(raw.reshape(-1).view(np.uint8).data).hexdigest()
+        digests[name] = tensor_digest(checkpoint.read(name))
         done += entry.nbytes
         progress(done, total)
     return digests
