@@ -17,7 +17,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
-FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
+FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 
 class Cli(click.Group):
@@ -378,9 +378,14 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
-    tokens, eos = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.eos_token_id")
-    end = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else ""
-    render = (lambda messages: prompts.render(jinja, messages, eos=end, add_generation_prompt=False)) if jinja else None
+    bos, eos = prompts.token_text(fields, "bos"), prompts.token_text(fields, "eos")
+
+    def rendered(messages: list[prompts.Message]) -> str:
+        assert jinja
+        text = prompts.render(jinja, messages, bos=bos, eos=eos, add_generation_prompt=False)
+        return text.removeprefix(bos)  # the tokenizer adds it
+
+    render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
     sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
     dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
