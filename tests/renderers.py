@@ -39,7 +39,9 @@ CONVERSATIONS = {
     "system text twice": _says("s:甲", "s:乙", "u:丙"),
     "an answer first": _says("a:欢迎！", "u:你好"),
     "empty texts": _says("u:", "a:", "u:再问"),
-    "special characters": _says("u:{{ .Content }} {% if x %} {{ 1/0 }} \"\"\" ''' \\n \\\\ $system @user `x` &lt;", "a:'+eos_token+'", "u:#"),
+    "special characters": _says(
+        "u:{{ .Content }} {% if x %} {{ 1/0 }} \"\"\" ''' \\n \\\\ $system @user `x` &lt;", "a:'+eos_token+'", "u:#"
+    ),
     "token texts": _says("u:<|im_end|><s></s>[INST] <<SYS>>", "a:### Instruction:", "u:<|eot_id|>"),
     "full-width": _says("s:全角\u3000空格", "u:\u3000\u3000缩进，“引号”……\u00a0", "u:～"),
     "emoji": _says("u:👨‍👩‍👧 🇨🇳 \U0002a6d6", "a:👍🏽", "u:\u200d"),
@@ -61,7 +63,9 @@ def _go_program() -> str:
 
 def go(questions: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """tests/go/main.go on the questions: `template` and `messages` → text and error; `printable` → which code points are."""
-    result = subprocess.run([_go_program()], input=json.dumps(questions), capture_output=True, text=True, encoding="utf-8", check=True)
+    result = subprocess.run(
+        [_go_program()], input=json.dumps(questions), capture_output=True, text=True, encoding="utf-8", check=True
+    )
     return json.loads(result.stdout)
 
 
@@ -73,7 +77,9 @@ def _jinja_program() -> str:
     program, source = LLAMA_CPP / "build" / "render", LLAMA_CPP / "vendor" / "llama.cpp"
     include = [f"-I{source / folder}" for folder in ("common", "include", "ggml/include", "vendor")]
     link = [f"-L{libraries}", "-lllama-common", "-lllama", "-lggml", "-lggml-base", f"-Wl,-rpath,{libraries}"]
-    subprocess.run(["c++", "-std=c++17", *include, str(HERE / "llama_cpp" / "render.cpp"), "-o", str(program), *link], check=True)
+    subprocess.run(
+        ["c++", "-std=c++17", *include, str(HERE / "llama_cpp" / "render.cpp"), "-o", str(program), *link], check=True
+    )
     return str(program)
 
 

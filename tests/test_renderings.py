@@ -39,7 +39,9 @@ def go_prompts(format, conversations, bos="<s>", eos="</s>", adds_bos=True):
 @pytest.mark.parametrize("format", FORMATS, ids=lambda f: f.name)
 @pytest.mark.parametrize("prompt", [True, False])
 def test_llama_server_renders_our_templates_alike(format, prompt):
-    ours = [prompts.render(format.jinja, c, bos="<s>", eos="</s>", add_generation_prompt=prompt) for c in CONVERSATIONS.values()]
+    ours = [
+        prompts.render(format.jinja, c, bos="<s>", eos="</s>", add_generation_prompt=prompt) for c in CONVERSATIONS.values()
+    ]
     asked = [
         {"template": format.jinja, "messages": c, "bos": "<s>", "eos": "</s>", "prompt": prompt} for c in CONVERSATIONS.values()
     ]
@@ -100,7 +102,9 @@ def test_prompts_in_tokens_of_real_vocabularies(name, tmp_path):
     (source / "tokenizer.model").write_bytes((REAL / name).read_bytes())
     with Model(convert(source, tmp_path / "tiny.gguf").path, n_ctx=64) as model:
         for format in FORMATS:
-            for (label, conversation), go_text in zip(CONVERSATIONS.items(), go_prompts(format, CONVERSATIONS.values()), strict=True):
+            for (label, conversation), go_text in zip(
+                CONVERSATIONS.items(), go_prompts(format, CONVERSATIONS.values()), strict=True
+            ):
                 want = [1]
                 for part in re.split("(<s>|</s>)", go_text):
                     want += [{"<s>": 1, "</s>": 2}[part]] if part in ("<s>", "</s>") else pieces.encode(part)
@@ -159,7 +163,9 @@ def test_real_templates_are_rendered_as_transformers_does():
         conversation = CONVERSATIONS["rounds"]
         extra = {"bos_token": "<s>", "eos_token": "</s>"}
         try:
-            (want,), _ = transformers.render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **extra)
+            (want,), _ = transformers.render_jinja_template(
+                [conversation], chat_template=template, add_generation_prompt=True, **extra
+            )
         except Exception:
             continue
         assert prompts.render(template, conversation, bos="<s>", eos="</s>") == want, name

@@ -44,7 +44,7 @@ def ending(template: Format | str, fields: dict[str, Any]) -> Ending | None:
     Raises PromptError when the template cannot render a question and its answer.
     """
     bos, eos = token_text(fields, "bos"), token_text(fields, "eos")
-    answer = segments(template, [_QUESTION, _ANSWER], bos=bos, eos=eos)[-1][0]
+    (answer,) = (text for text, learned in segments(template, [_QUESTION, _ANSWER], bos=bos, eos=eos) if learned)
     text = answer.rpartition(_ANSWER["content"])[2].strip()
     if not text:
         return None

@@ -53,7 +53,8 @@ class Format:
 ALPACA = Format(
     name="alpaca",
     shape=Rounds(
-        begin=BOS, system=("", "\n\n"), user=("### Instruction:\n\n", ""), header="\n\n### Response:\n\n", between="\n\n", end=EOS,
+        begin=BOS, system=("", "\n\n"), user=("### Instruction:\n\n", ""), header="\n\n### Response:\n\n", between="\n\n",
+        end=EOS,
     ),
     stop=("### Instruction:",),
     system=ALPACA_PREAMBLE,
@@ -73,7 +74,8 @@ ALPACA_TRAINING = Format(
 LLAMA_2 = Format(
     name="llama-2",
     shape=Rounds(
-        begin=BOS, system=("<<SYS>>\n", "\n<</SYS>>\n\n"), inside=True, user=("[INST] ", " [/INST]"), answer=(" ", EOS), between=BOS,
+        begin=BOS, system=("<<SYS>>\n", "\n<</SYS>>\n\n"), inside=True, user=("[INST] ", " [/INST]"), answer=(" ", EOS),
+        between=BOS,
     ),
     stop=("[INST]",),
     system=BILINGUAL,

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 from ..errors import PromptError
 from .formats import Format
@@ -61,7 +60,9 @@ def _around(text: str, marks: Sequence[str]) -> list[str]:
     for mark in marks:
         before, found, text = text.partition(mark)
         if not found:
-            raise PromptError("the model's chat template leaves an answer of the conversation out. Choose a format with --format.")
+            raise PromptError(
+                "the model's chat template leaves an answer of the conversation out. Choose a format with --format."
+            )
         around.append(before)
     return [*around, text]
 
@@ -80,7 +81,9 @@ def _contents(text: str, around: Sequence[str], answers: Sequence[str]) -> list[
         found.append(content)
         at += len(content) + len(behind)
     if not sound or at != len(text):
-        raise PromptError("the model's chat template changes answers so that they cannot be found. Choose a format with --format.")
+        raise PromptError(
+            "the model's chat template changes answers so that they cannot be found. Choose a format with --format."
+        )
     return found
 
 
@@ -103,6 +106,5 @@ def _ended(rendered: Rendered, messages: Sequence[Message], mark: str, behind: s
     What ends a text may be less inside of one: then as many whole tokens as both have.
     """
     end = rendered(messages, False).rpartition(mark)[2].rstrip()
-    if behind.startswith(end):
-        return len(end)
-    return max((found.end() for found in TOKEN.finditer(commonprefix([end, behind]))), default=0)
+    cuts = [len(end), *(token.end() for token in TOKEN.finditer(end))]
+    return max((cut for cut in cuts if behind.startswith(end[:cut])), default=0)

@@ -100,7 +100,7 @@ _GO_SYSTEM_ONCE = _Go('{{ if $system }}@before{{ $system }}@after{{ $system = ""
 class Rounds:
     """A question and its answer make a round; all system text stands at one place.
 
-    user, answer: what comes before and after their texts. header: calls for the answer, before answer[0]; a prompt ends with it.
+    user, answer: what comes before and after their texts. header: calls for an answer, before answer[0]; prompts end with it.
     system: before and after its text, nothing of which is there when there is none. inside: it stands in the first question,
     else before it. begin: before everything. between: before each question but the first. end: after the answer that ends a
     text for training: of formats whose authors put no end token between rounds.
