@@ -312,22 +312,53 @@ def inspect(gguf: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("gguf", type=FILE)
-@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF]")
+@click.argument("ggufs", nargs=-1, required=True, type=FILE, metavar="GGUF...")
+@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF; of several, <GGUF>.Modelfile]")
+@click.option("--create", "name", metavar="NAME", help="Make the model in a running Ollama instead; several differ by tag.")
+@click.option("--host", metavar="URL", help="Where that Ollama is.  [default: $OLLAMA_HOST, or this machine]")
 @FORMAT
-@FORCE
+@click.option("--force", is_flag=True, help="Replace the Modelfile; create also where the disk may be too small.")
 @JSON
-def ollama(gguf: Path, output: Path | None, format: str | None, force: bool, as_json: bool) -> None:
-    """Write the Modelfile that makes a GGUF an Ollama model.
+def ollama(
+    ggufs: Sequence[Path],
+    output: Path | None,
+    name: str | None,
+    host: str | None,
+    format: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the Modelfile that makes a GGUF an Ollama model, or make the model at once.
 
     \b
     cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
     ollama create my-model -f models/tiny/Modelfile
+    cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf --create my-model
     """
+    if output and (name or len(ggufs) > 1):
+        raise click.UsageError("--output names the Modelfile of one GGUF.")
+    if host and not name:
+        raise click.UsageError("--host needs --create.")
+    if name:
+        from .ollama.create import create, names
+
+        made: list[Any] = []
+        shown = terminal.Progress(quiet=as_json)
+        for gguf, called in zip(ggufs, names(name, ggufs), strict=True):
+            with shown.bar(f"to Ollama: {called}", "bytes") as progress:
+                made.append(
+                    create(gguf, called, host=host, format=format, force=force, progress=progress, say=shown.say),
+                )
+        terminal.emit_all(made, as_json, lambda r: click.echo(f"{r.name}: ollama run {r.name}"))
+        return
     from .ollama import write_modelfile
 
-    result = write_modelfile(gguf, output or gguf.parent / "Modelfile", format=format, force=force)
-    terminal.emit(result, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
+    alone = len(ggufs) == 1
+    written = []
+    for gguf in ggufs:
+        dst = output or gguf.with_name("Modelfile" if alone else f"{gguf.stem}.Modelfile")
+        written.append(write_modelfile(gguf, dst, format=format, force=force))
+    terminal.emit_all(written, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
 
 
 @cli.command()
