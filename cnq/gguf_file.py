@@ -397,3 +397,12 @@ def write(path: Path, writer: "gguf.GGUFWriter", tensors: list[Planned], progres
             writer.write_padding(out, t.nbytes)
     finally:
         writer.close()
+
+
+def rewrite(path: Path, key: str, text: str) -> None:
+    """Put another text of the same length in the place of a string among a file's metadata."""
+    file, raw = GgufFile(path), text.encode()
+    assert len(raw) == len(file.fields[key].encode()), f"{key} has another length"
+    with path.open("r+b") as out:
+        out.seek(file.spans[key][1] - len(raw))
+        out.write(raw)

@@ -153,7 +153,7 @@ def adapter(model: Path) -> None:
 
 DIRECTORIES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "empty": (lambda m: (shutil.rmtree(m), m.mkdir()), ("has no config.json (it holds nothing)", "complete model")),
-    "gone": (shutil.rmtree, ("is no directory", "Give a Hugging Face model directory")),
+    "gone": (shutil.rmtree, ("is no directory", "Give a model directory")),
     "lora": (adapter, ("LoRA adapter", "python -m training.merge_lora hfl/base", "OUT")),
     "no config": (without("config.json"), ("has no config.json", "it holds model.safetensors", "complete model")),
     "no weights": (without("model.safetensors"), ("has no weights", "model.safetensors", "it holds config.json")),
@@ -280,11 +280,21 @@ def test_a_unigram_model(model):
     not_converted(folder, saying=("UNIGRAM", "split text differently", "python -m training.merge_tokenizer"))
 
 
-def test_tiktoken_ranks_named_tokenizer_model(model):
+@pytest.mark.parametrize(
+    ("ids", "saying"),
+    [
+        (range(200), ("has no token for the bytes 200, 201", "Download it again")),
+        ([*range(255), 0], ("256 lines with 256 tokens and 255 ranks, expected each once",)),
+        (range(1, 257), ("expected each once, from 0 on",)),
+        (range(256), ("512 tokens, the embedding 420 rows",)),
+        ([*range(255), "x"], ("the tokenizer's files are not in order",)),
+    ],
+)
+def test_ranks_that_are_not_those_of_llama_3(model, ids, saying):
     folder = model()
-    lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    not_converted(folder, saying=("is no SentencePiece model", "tiktoken", "Use the tokenizer.json"))
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {id}\n" for byte, id in enumerate(ids)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    not_converted(folder, saying=saying)
 
 
 @pytest.mark.parametrize("vocab", ["spm", "spm-json", "llama-bpe"])
@@ -946,7 +956,7 @@ def test_a_file_that_is_no_gguf(tmp_path, case):
 @pytest.mark.parametrize("name", ["nowhere.gguf", "."])
 def test_no_such_gguf(tmp_path, name):
     for args in gguf_commands(tmp_path / name):
-        if args[0] != "convert":
+        if args[0] not in ("convert", "to-hf"):  # they read directories as well
             refused(tmp_path, args[0], tmp_path / name, *args[2:], saying=("cannot be read as GGUF",))
 
 

@@ -11,12 +11,12 @@ CNQ = ROOT / "cnq"
 # A module imports only from those before it.
 ORDER = [
     "errors", "files", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog", "archs", "vocab",
-    "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores", "evaluate", "choices",
-    "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix",
+    "scores", "evaluate", "choices", "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
 ]  # fmt: skip
-DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint"], "sentencepiece": ["vocab"], "huggingface_hub": ["catalog"],
-         "ollama": ["ollama"], "httpx": ["ollama"], "jinja2": ["prompts"],
-         "matplotlib": ["report"]}  # fmt: skip
+DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
+         "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],
+         "jinja2": ["prompts"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:

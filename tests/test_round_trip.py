@@ -98,6 +98,41 @@ def test_shards_and_index_are_those_transformers_reads(gguf, tmp_path):
     assert model.config.num_hidden_layers == 2
 
 
+def test_a_hugging_face_directory_is_copied_in_other_shards(tmp_path):
+    """Bits, types and the files that transformers reads; nothing else of the folder."""
+    source = tiny.checkpoint(tmp_path / "hf", vocab="spm-added", dtype="BF16", auto_map={"AutoTokenizer": ["own.Own", None]})
+    tiny.save(source / "model-norm.safetensors", {"model.norm.weight": tiny.values("model.norm.weight", (64,))}, "F32")
+    shapes = {
+        name: entry.shape
+        for name, entry in open_checkpoint(tiny.checkpoint(tmp_path / "same", vocab="spm-added")).entries.items()
+    }
+    rest = {name: tiny.values(name, shape) for name, shape in shapes.items() if name != "model.norm.weight"}
+    tiny.save(source / "model.safetensors", rest, "BF16")
+    for name in ("generation_config.json", "tokenization_own.py", "added_tokens.json"):
+        (source / name).write_text("{}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (source / "train.log").write_text("secret")
+    back = to_hf(source, tmp_path / "back", max_shard_bytes=100_000).path
+    assert raw(back) == raw(source)
+    assert raw(back)["model.norm.weight"][0] == "F32"
+    names = {"generation_config.json", "tokenization_own.py", "added_tokens.json", "tokenizer.model", "tokenizer_config.json"}
+    assert {p.name for p in back.iterdir()} == names | {"additional_chat_templates"} | {
+        "config.json",
+        "model.safetensors.index.json",
+    } | {p.name for p in back.glob("model-*.safetensors")}
+
+
+def test_a_hugging_face_directory_in_another_type(tmp_path):
+    source = tiny.checkpoint(tmp_path / "hf", dtype="F32")
+    half = to_hf(source, tmp_path / "half", dtype="bf16")
+    types = {name: dtype for name, (dtype, _) in raw(half.path).items()}
+    assert (half.dtype, half.decoded) == ("BF16", 0)
+    assert {types[name] for name in types if "proj" in name or "embed" in name} == {"BF16"}
+    assert types["model.norm.weight"] == "F32"  # would lose bits
+    assert json.loads((half.path / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
 def test_an_unknown_pre_tokenizer_is_not_guessed(gguf, tmp_path):
     fields = dict(GgufFile(gguf(vocab="qwen2")).fields) | {"tokenizer.ggml.pre": "viking"}
     with pytest.raises(UnsupportedVocab, match="viking"):

@@ -7,8 +7,8 @@ from typing import Any
 from ..errors import CheckpointError, UnsupportedArch
 from .tensors import Config, Link, Packed, Tensors, To
 
-# Tensors left out of the GGUF on purpose: llama.cpp derives the rotary frequencies from rope.freq_base.
-DROPPED = (".rotary_emb.inv_freq",)
+# Tensors left out of the GGUF on purpose: llama.cpp derives the rotary frequencies from rope.freq_base. (The second is Meta's.)
+DROPPED = (".rotary_emb.inv_freq", "rope.freqs")
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MORE_SIZES = ("num_key_value_heads", "head_dim")

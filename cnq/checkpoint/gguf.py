@@ -1,5 +1,6 @@
 """A GGUF back as a checkpoint under Hugging Face's names: the way in for models that exist as GGUF only."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from ..archs.hparams import config_of, hparams, llama3_factors
 from ..archs.tensors import Link, gguf_shape, grouped, pack
 from ..errors import CheckpointError, listed
 from ..gguf_file import BF16, F16, F32, GgufFile, Tensor, TensorType
-from .checkpoint import Checkpoint, Entry, require_shape
+from .checkpoint import ORIGIN_KEY, Checkpoint, Entry, Origin, require_shape
 
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
 _FLOATS = (F32, F16, BF16)
@@ -56,6 +57,7 @@ def open_gguf(path: Path) -> Checkpoint:
         entries={hf: _entry(file, of, shapes[hf]) for hf, of in whole.items()},
         read=lambda name: _read(file, whole[name]),
         tokenizer=tokenizer,
+        origin=_origin(file),
     )
 
 
@@ -99,6 +101,14 @@ def _part(file: GgufFile, link: Link) -> Tensor:
     if link.expert is not None:
         data = data.reshape(-1, *link.shape[:-1], data.shape[-1])[link.expert]
     return Tensor(link.hf, found.type, link.shape, link.back(data))
+
+
+def _origin(file: GgufFile) -> Origin | None:
+    try:
+        record = json.loads(file.fields[ORIGIN_KEY])
+    except (KeyError, TypeError, ValueError, RecursionError):  # a note for people, nothing hangs on it
+        return None
+    return Origin(record, lambda: record) if isinstance(record, dict) else None
 
 
 def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> dict[str, object]:

@@ -150,12 +150,12 @@ class Model:
                 "token. Make the GGUF again from the model's own tokenizer."
             )
         raw = text.encode("utf-8", "surrogatepass")
-        room = len(raw) + 2
-        ids = (lib.llama_token * room)()
-        n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
-        if n < 0:
-            raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
-        return list(ids[:n])
+        for room in (len(raw) + 2, 3 * len(raw) + 4):  # a space that is no token of its own becomes three bytes
+            ids = (lib.llama_token * room)()
+            n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            if n >= 0:
+                return list(ids[:n])
+        raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: possibly part of a character. Control tokens stand for nothing."""
@@ -187,6 +187,13 @@ class Model:
                 out[at : at + wanted] = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
         self._forget(0)
         return out
+
+    def logits_in_place(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """The same of at most n_batch tokens, where llama.cpp has them: valid until the next call, to be read only."""
+        self._forget(0)
+        self._decode(tokens, 0, len(tokens) - first)
+        self._forget(0)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (len(tokens) - first, self.n_vocab))
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Run a sequence of its own for the watcher alone; every token is computed through all layers."""

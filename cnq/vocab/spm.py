@@ -30,8 +30,8 @@ def load_model(folder: Path, rows: int) -> Vocab:
         understood = False
     if not understood:
         raise UnsupportedVocab(
-            f"{path} is no SentencePiece model (Meta's LLaMA 3 keeps tiktoken ranks under this name). "
-            "Use the tokenizer.json of the model's Hugging Face repository."
+            f"{path} is no SentencePiece model, nor LLaMA 3's ranks. Download it again, or use the tokenizer.json of the "
+            "model's Hugging Face repository."
         )
     if model.trainer_spec.model_type != spm_pb2.TrainerSpec.BPE:
         kind = spm_pb2.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
