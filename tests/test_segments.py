@@ -120,6 +120,11 @@ def test_what_published_templates_let_a_model_learn(name, want):
     assert [text for text, learned in split(templates[name], TALK[1:]) if learned] == want
 
 
+@pytest.mark.parametrize("name", prompts.FORMATS)
+def test_without_answers_nothing_is_learned(name):
+    assert not any(learned for _, learned in split(prompts.FORMATS[name], TALK[:2]))
+
+
 def test_a_generation_tag_changes_nothing():
     tagged = "{% for m in messages %}{% generation %}{{ m['role'] + m['content'] }}{% endgeneration %}{% endfor %}"
     assert prompts.render(tagged, TALK[1:2]) == "user1+1?"

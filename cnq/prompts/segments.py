@@ -35,7 +35,7 @@ def segments(template: Format | str, messages: Sequence[Message], *, bos: str = 
     marked = [{**m, "content": marks.get(i, m["content"])} for i, m in enumerate(messages)]
     around = _around(rendered(marked, False), list(marks.values()))
     contents = _contents(rendered(messages, False), around, [messages[i]["content"] for i in marks])
-    split, seen, ended = [("", False)], "", 0  # ended: how much of the text before the next answer belongs to the last one
+    split, seen, ended = [], "", 0  # ended: how much of the text before the next answer belongs to the last one
     for n, (i, mark) in enumerate(marks.items()):
         begins = max(ended, _called(rendered, marked[:i], seen, around[n]))
         seen += around[n] + mark
@@ -71,7 +71,8 @@ def _contents(text: str, around: Sequence[str], answers: Sequence[str]) -> list[
     """The answers as they stand in the text: templates may strip them, or drop a part of them."""
     at, found = len(around[0]), []
     sound = text.startswith(around[0])
-    for answer, behind, last in zip(answers, around[1:], [False] * (len(answers) - 1) + [True], strict=True):
+    for n, (answer, behind) in enumerate(zip(answers, around[1:], strict=True), 1):
+        last = n == len(answers)
         likely = (answer, answer.strip(), answer.lstrip(), answer.rstrip())
         content = next((c for c in likely if _follows(text, at, c + behind, last)), None)
         if content is None:
