@@ -17,7 +17,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
-FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
+FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 
 class Command(click.Command):
@@ -363,22 +363,53 @@ def inspect(gguf: Path, as_json: bool) -> None:
 
 
 @cli.command()
-@click.argument("gguf", type=FILE)
-@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF]")
+@click.argument("ggufs", nargs=-1, required=True, type=FILE, metavar="GGUF...")
+@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF; of several, <GGUF>.Modelfile]")
+@click.option("--create", "name", metavar="NAME", help="Make the model in a running Ollama instead; several differ by tag.")
+@click.option("--host", metavar="URL", help="Where that Ollama is.  [default: $OLLAMA_HOST, or this machine]")
 @FORMAT
-@FORCE
+@click.option("--force", is_flag=True, help="Replace the Modelfile; create also where the disk may be too small.")
 @JSON
-def ollama(gguf: Path, output: Path | None, format: str | None, force: bool, as_json: bool) -> None:
-    """Write the Modelfile that makes a GGUF an Ollama model.
+def ollama(
+    ggufs: Sequence[Path],
+    output: Path | None,
+    name: str | None,
+    host: str | None,
+    format: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the Modelfile that makes a GGUF an Ollama model, or make the model at once.
 
     \b
     cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
     ollama create my-model -f models/tiny/Modelfile
+    cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf --create my-model
     """
+    if output and (name or len(ggufs) > 1):
+        raise click.UsageError("--output names the Modelfile of one GGUF.")
+    if host and not name:
+        raise click.UsageError("--host needs --create.")
+    if name:
+        from .ollama.create import create, names
+
+        made: list[Any] = []
+        shown = terminal.Progress(quiet=as_json)
+        for gguf, called in zip(ggufs, names(name, ggufs), strict=True):
+            with shown.bar(f"to Ollama: {called}", "bytes") as progress:
+                made.append(
+                    create(gguf, called, host=host, format=format, force=force, progress=progress, say=shown.say),
+                )
+        terminal.emit_all(made, as_json, lambda r: click.echo(f"{r.name}: ollama run {r.name}"))
+        return
     from .ollama import write_modelfile
 
-    result = write_modelfile(gguf, output or gguf.parent / "Modelfile", format=format, force=force)
-    terminal.emit(result, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
+    alone = len(ggufs) == 1
+    written = []
+    for gguf in ggufs:
+        dst = output or gguf.with_name("Modelfile" if alone else f"{gguf.stem}.Modelfile")
+        written.append(write_modelfile(gguf, dst, format=format, force=force))
+    terminal.emit_all(written, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
 
 
 @cli.command()
@@ -429,9 +460,14 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
-    tokens, eos = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.eos_token_id")
-    end = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else ""
-    render = (lambda messages: prompts.render(jinja, messages, eos=end, add_generation_prompt=False)) if jinja else None
+    bos, eos = prompts.token_text(fields, "bos"), prompts.token_text(fields, "eos")
+
+    def rendered(messages: list[prompts.Message]) -> str:
+        assert jinja
+        text = prompts.render(jinja, messages, bos=bos, eos=eos, add_generation_prompt=False)
+        return text.removeprefix(bos)  # the tokenizer adds it
+
+    render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
     sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
     dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)

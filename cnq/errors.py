@@ -12,6 +12,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 │   └── ImatrixRequired     the type is too small for plain rounding
 ├── EngineError             llama.cpp could not load or run the model
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
+├── OllamaError             Ollama does not answer, refuses a model, or could not read a Modelfile
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── OutputExists            the destination is there and --force was not given
 └── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
@@ -65,6 +66,10 @@ class EngineError(CnqError):
 
 
 class CorpusError(CnqError):
+    pass
+
+
+class OllamaError(CnqError):
     pass
 
 

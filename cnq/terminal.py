@@ -32,6 +32,15 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
         click.echo(f"note: {one_line(note)}", err=True)
 
 
+def emit_all(results: Sequence[Any], as_json: bool, show: Callable[[Any], object]) -> None:
+    """Print results of several inputs, each as `emit` does; as JSON, of one input its object, of several a list."""
+    if as_json and len(results) > 1:
+        click.echo(json.dumps(_plain(list(results)), ensure_ascii=False))
+        return
+    for result in results:
+        emit(result, as_json, show)
+
+
 def _plain(value: Any) -> Any:
     """What JSON can say; the figures of single tokens are left out."""
     if is_dataclass(value) and not isinstance(value, type):

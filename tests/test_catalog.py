@@ -578,7 +578,7 @@ def test_adapters_without_a_hub_id_have_to_be_given_by_path(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnknownModel) as error:
         catalog.with_loras(find("65b"), [])
-    for part in ("chinese-llama-65b-base", "no hub id", "cnq build huggyllama/llama-65b --lora PATH", "--format chatml"):
+    for part in ("chinese-llama-65b-base", "no hub id", "cnq build huggyllama/llama-65b --lora PATH", "--format 65b"):
         assert part in str(error.value)
     for lora in find("65b").loras:
         Path(lora).mkdir()

@@ -23,7 +23,7 @@ from cnq.convert import convert
 from cnq.engine import model as engine
 from cnq.errors import CheckpointError, NoSpace, PromptError, UnsupportedVocab, VocabMismatch
 from cnq.gguf_file import GgufFile
-from cnq.ollama import modelfile
+from cnq.ollama import write_modelfile
 from cnq.quantize import quantize
 
 N_ODD = 421  # tokens: divided by neither 2 nor 256, as 49953 is not
@@ -156,7 +156,7 @@ def test_10_a_layout_that_is_not_found(base, tmp_path, layout):
 
 def test_11_ollama_does_not_stop(gguf, tmp_path):
     path = gguf(vocab="spm-added")
-    text, *_ = modelfile(path, tmp_path)
+    text = write_modelfile(path, tmp_path / "Modelfile").path.read_text(encoding="utf-8")
     assert f"FROM {path.resolve()}\n" in text  # also from another folder
     assert "PARAMETER stop <|im_end|>\n" in text
 

@@ -15,7 +15,8 @@ ORDER = [
     "scores", "evaluate", "choices", "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
-         "huggingface_hub": ["catalog"], "matplotlib": ["report"]}  # fmt: skip
+         "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],
+         "jinja2": ["prompts"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:
@@ -76,4 +77,6 @@ def test_help_loads_nothing_heavy():
     """`cnq --help` has to answer at once."""
     code = "import sys, cnq.cli; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "gguf", "llama_cpp", "torch", "rich", "huggingface_hub", "prompt_toolkit", "jinja2"} & set(loaded)
+    assert not {"numpy", "gguf", "llama_cpp", "torch", "rich", "huggingface_hub", "prompt_toolkit", "jinja2", "httpx"} & set(
+        loaded
+    )

@@ -13,6 +13,7 @@ import psutil
 
 from ..errors import EngineError, GgufError, listed
 from ..gguf_file import F32, GgufFile
+from ..prompts import token_text
 from . import ggml
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
@@ -139,8 +140,7 @@ class Model:
 
     def token_text(self, name: str) -> str:
         """The text of a special token: bos, eos."""
-        id, tokens = self.fields.get(f"tokenizer.ggml.{name}_token_id"), self.fields["tokenizer.ggml.tokens"]
-        return tokens[id] if isinstance(id, int) and 0 <= id < len(tokens) else ""
+        return token_text(self.fields, name)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
