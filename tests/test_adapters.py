@@ -175,7 +175,7 @@ def test_of_two_the_last_embedding_and_the_last_tokenizer_count(base, lora, tmp_
     assert tokens == {"[ADDED420]": 420, "[ADDED421]": 421}
 
 
-def test_complaint_9_adapters_in_the_wrong_order_are_refused(base, lora):
+def test_adapters_in_the_wrong_order_are_refused(base, lora):
     """49954 before 49953."""
     llama, alpaca = lora("llama-plus", rows=421), lora("alpaca-plus", rows=422)
     says = (
@@ -191,7 +191,7 @@ def test_an_adapter_of_a_smaller_vocabulary_is_of_another_base(base, lora):
         merge(grown, [read_adapter(path)])
 
 
-def test_complaint_4_an_adapter_whose_tokenizer_is_not_its_own_is_refused(base, lora):
+def test_an_adapter_whose_tokenizer_is_not_its_own_is_refused(base, lora):
     path = lora(rows=421)
     tiny_lora.tokenizer(path, 422)
     with pytest.raises(VocabMismatch, match=r"the adapter's tokenizer and its embedding, 421 rows.*422 tokens"):
@@ -231,13 +231,13 @@ def refused(saying: str, base: Path, *loras: Path) -> None:
         merged(base, *loras)
 
 
-def test_complaint_7_an_empty_adapter_is_refused(base, lora):
+def test_an_empty_adapter_is_refused(base, lora):
     path = lora()
     tiny.save(path / "adapter_model.safetensors", {}, "F32")
     refused("adapter_model.safetensors .* bytes. holds no tensors.*empty adapter.*save_pretrained", base, path)
 
 
-def test_complaint_7_an_adapter_of_443_bytes_is_refused(base, lora):
+def test_an_adapter_of_443_bytes_is_refused(base, lora):
     """A pickle of no tensors; today's torch makes 1161 bytes of it, before 2.0 they were 443."""
     torch = pytest.importorskip("torch")
     path = lora()
@@ -247,7 +247,7 @@ def test_complaint_7_an_adapter_of_443_bytes_is_refused(base, lora):
     refused(rf"adapter_model.bin \({size} bytes\) holds no tensors: training saved an empty adapter", base, path)
 
 
-def test_complaint_7_an_adapter_that_was_saved_in_part_is_refused(base, lora):
+def test_an_adapter_that_was_saved_in_part_is_refused(base, lora):
     """The 127 KB of those that lack what modules_to_save names, or layers."""
     refused(
         "lacks 2 modules.*lm_head, model.embed_tokens.*not saved whole", base, lora(modules_to_save=["embed_tokens", "lm_head"])
@@ -344,7 +344,7 @@ def test_settings_that_cnq_does_not_merge_by_are_refused(case, base, lora):
     refused(saying, base, lora(**changes))
 
 
-def test_complaint_10_what_is_no_adapter_is_told_apart(base, lora, tmp_path):
+def test_what_is_no_adapter_is_told_apart(base, lora, tmp_path):
     refused("is no directory", base, tmp_path / "nothing")
     (tmp_path / "empty").mkdir()
     refused("has no adapter's weights.*it holds nothing", base, tmp_path / "empty")
@@ -353,7 +353,7 @@ def test_complaint_10_what_is_no_adapter_is_told_apart(base, lora, tmp_path):
     refused("trainer's checkpoint; the adapter lies inside it: give .*checkpoint-200/pt_lora_model", base, checkpoint)
 
 
-def test_complaint_10_a_trainers_checkpoint_is_taken_with_what_its_settings_would_say(base, lora):
+def test_a_trainers_checkpoint_is_taken_with_what_its_settings_would_say(base, lora):
     """The whole model's state under a model's file name, the adapter's own name in its tensors' names, no settings."""
     path = lora()
     want = {name: tensor.data for name, tensor in merged(base, path).items()}
@@ -394,7 +394,7 @@ def test_what_float16_cannot_hold_is_refused_by_name(base, lora):
     assert np.isfinite(merged(base, path, dtype=BF16)[f"{Q0}.weight"].float32()).all()
 
 
-def test_complaint_8_a_merge_that_changes_nothing_is_refused(base, lora, tmp_path):
+def test_a_merge_that_changes_nothing_is_refused(base, lora, tmp_path):
     path = lora(size=1e-9)
     with pytest.raises(CheckpointError, match=r"the merge changes nothing: after my-lora all 4 tensors.*hardly trained"):
         convert(base, tmp_path / "out.gguf", loras=[path])
@@ -405,7 +405,7 @@ def test_complaint_8_a_merge_that_changes_nothing_is_refused(base, lora, tmp_pat
     assert "down_proj" in note
 
 
-def test_complaint_8_every_adapter_says_how_much_it_changed(base, lora):
+def test_every_adapter_says_how_much_it_changed(base, lora):
     paths = lora("one"), lora("two", targets=("v_proj",), rank=4)
     merging = merge(open_checkpoint(base), [read_adapter(path) for path in paths])
     for name in merging.checkpoint.entries:
@@ -424,7 +424,7 @@ def test_complaint_8_every_adapter_says_how_much_it_changed(base, lora):
 # Where a model comes from
 
 
-def test_complaint_9_a_merge_is_recorded_with_base_adapters_and_order(base, lora, tmp_path):
+def test_a_merge_is_recorded_with_base_adapters_and_order(base, lora, tmp_path):
     paths = lora("one"), lora("two", rows=421)
     checkpoint = merge(open_checkpoint(base), [read_adapter(path) for path in paths]).checkpoint
     folder = write_hf(checkpoint, tmp_path / "out").path
@@ -456,7 +456,7 @@ def test_a_record_that_is_not_ours_does_no_harm(record, base, tmp_path):
     assert json.loads(fields["cnq.merge"]) == json.loads(record)
 
 
-def test_complaint_9_an_adapter_knows_its_base_by_content(base, lora, tmp_path):
+def test_an_adapter_knows_its_base_by_content(base, lora, tmp_path):
     digest = content_digest(open_checkpoint(base))
     convert(base, tmp_path / "right.gguf", loras=[lora(cnq_base_digest=digest)])
     with pytest.raises(CheckpointError, match=f"content digest {'0' * 64}, .*my-base has {digest}: another base"):
@@ -482,7 +482,7 @@ def test_converting_with_adapters_gives_the_bytes_of_the_merged_checkpoint(setti
 # Memory
 
 
-def test_complaint_1_a_merge_holds_one_tensor_and_its_change(tmp_path, monkeypatch):
+def test_a_merge_holds_one_tensor_and_its_change(tmp_path, monkeypatch):
     """Peak of what numpy allocates, in a model whose tensors are large against everything else."""
     monkeypatch.setitem(sys.modules, "torch", None)  # whose memory is not traced
     wide = tiny.checkpoint(tmp_path / "base", hidden_size=512, intermediate_size=2048, num_attention_heads=16)
@@ -499,7 +499,7 @@ def test_complaint_1_a_merge_holds_one_tensor_and_its_change(tmp_path, monkeypat
     assert peak <= merging.memory + chunk
 
 
-def test_complaint_1_too_little_memory_is_said_before_the_work_starts(base, lora, tmp_path, monkeypatch):
+def test_too_little_memory_is_said_before_the_work_starts(base, lora, tmp_path, monkeypatch):
     class Memory:
         available = 10_000
 
