@@ -22,10 +22,11 @@ from .evaluate import evaluate
 from .files import replacing, require_memory, require_space, sha256
 from .gguf_file import GgufFile
 from .imatrix import collect
+from .machine import this_machine
 from .ollama import write_modelfile
 from .quantize import ALIASES, quantize
 from .report import Report, Subject, write_report
-from .speed import measure_speed, this_machine
+from .speed import measure_speed
 from .to_hf import to_hf
 
 RECORD = ".made.json"

@@ -22,6 +22,18 @@ QUESTION = "用一句话解释什么是大语言模型的量化。"
 
 
 @dataclass(frozen=True)
+class Shape:
+    """kv: width of a layer's keys, and of its values. vocab: rows of token_embd. tied: output.weight is the same matrix."""
+
+    layers: int
+    hidden: int
+    kv: int
+    vocab: int
+    context: int
+    tied: bool = False
+
+
+@dataclass(frozen=True)
 class Model:
     """A model by name. path: of a local one. The other fields are catalog.toml's."""
 
@@ -34,6 +46,7 @@ class Model:
     sha256: str | None = None
     member: str | None = None
     params: int | None = None
+    shape: Shape | None = None
     prompt: str | None = None
     licence: str | None = None
     question: str = QUESTION
@@ -53,7 +66,11 @@ class Model:
 def models() -> dict[str, Model]:
     """The catalog."""
     entries: dict[str, dict[str, Any]] = tomllib.loads((Path(__file__).parent / "catalog.toml").read_text(encoding="utf-8"))
-    return {name: Model(name=name, **(entry | {"loras": tuple(entry.get("loras", ()))})) for name, entry in entries.items()}
+    return {name: _entry(name, **content) for name, content in entries.items()}
+
+
+def _entry(name: str, loras: Sequence[str] = (), shape: dict[str, Any] | None = None, **others: Any) -> Model:
+    return Model(name=name, loras=tuple(loras), shape=Shape(**shape) if shape else None, **others)
 
 
 def find(model: str) -> Model:
@@ -219,3 +236,14 @@ def _ways_on(repo: str) -> str:
         f"Three ways on: copy the model here and give its path instead of {repo}; set HF_ENDPOINT{mirror}; or use `tiny`, "
         "which comes from the package index. Files that came whole are kept: the same command fetches the rest."
     )
+
+
+def hub_trouble() -> str:
+    """Why the hub, or the mirror that HF_ENDPOINT names, does not answer; "" when it does."""
+    from huggingface_hub import constants, get_session
+
+    try:
+        get_session().head(constants.ENDPOINT, timeout=5, follow_redirects=True).raise_for_status()
+    except Exception as error:  # of half a dozen libraries
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ""

@@ -13,6 +13,7 @@ from .engine.model import Model, Sampling
 from .errors import PromptError
 from .gguf_file import GgufFile
 from .prompts import Message
+from .tuning import best
 
 MAX_CTX = 4096  # tokens; longer contexts cost memory from the start
 
@@ -85,13 +86,13 @@ def open_chat(
     """Load a GGUF for a conversation.
 
     format: of the prompt; None = the GGUF's own template. n_ctx: tokens; None = what the model was trained with, at most
-    MAX_CTX. threads: 0 = physical cores. Raises GgufError, PromptError, EngineError.
+    MAX_CTX. threads: 0 = what `cnq bench` chose, or physical cores. Raises GgufError, PromptError, EngineError.
     """
     file = GgufFile(gguf)
     style = style_of(file.fields, gguf, format)
     trained = file.fields.get(f"{file.arch}.context_length")
     trained = trained if isinstance(trained, int) else MAX_CTX
-    with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads) as model:
+    with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads, tuned=best(gguf)) as model:
         yield Chat(model, style, system)
 
 

@@ -363,6 +363,46 @@ def inspect(gguf: Path, as_json: bool) -> None:
 
 
 @cli.command()
+@click.option("--online", is_flag=True, help="Ask the model hub and the package index, too, whether they answer.")
+@JSON
+def doctor(online: bool, as_json: bool) -> None:
+    """Look at this machine: what runs here and how fast to expect, whether llama.cpp is built for it, what is missing.
+
+    \b
+    cnq doctor
+    """
+    from .doctor import doctor
+    from .doctor_text import show
+
+    terminal.emit(doctor(online=online), as_json, show)
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--quick", is_flag=True, help="Three short rounds instead of five.")
+@click.option("--kv", "type_kv", type=click.Choice(["F16", "Q8_0"], case_sensitive=False),
+              help="What keys and values are kept in; Q8_0 halves their memory and changes answers a little.  [default: F16, "
+                   "unless that does not fit into memory]")  # fmt: skip
+@JSON
+def bench(gguf: Path, as_json: bool, **options: Any) -> None:
+    """Find out how the GGUF runs fastest on this machine, and remember it for `cnq chat` and whatever else talks with it.
+
+    Threads, batch, flash attention, repacked and locked weights are tried in turns, in a process of their own. What is not
+    surely faster stays as llama.cpp has it.
+
+    \b
+    cnq bench models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
+    cnq bench model-Q4_K_M.gguf --kv q8_0
+    """
+    from .bench import bench
+
+    report = terminal.Progress(quiet=as_json)
+    with report.bar("measuring", "runs") as progress:
+        result = bench(gguf, say=report.say, progress=progress, **options)
+    terminal.emit(result, as_json, terminal.show_bench)
+
+
+@cli.command()
 @click.argument("ggufs", nargs=-1, required=True, type=FILE, metavar="GGUF...")
 @click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF; of several, <GGUF>.Modelfile]")
 @click.option("--create", "name", metavar="NAME", help="Make the model in a running Ollama instead; several differ by tag.")

@@ -5,6 +5,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from decimal import Decimal
@@ -122,6 +123,22 @@ def byte_size(text: str) -> int:
     if size < 1:
         raise CnqError(f"{text!r} is no size. Give bytes, or a number with {listed(list(_UNITS)[1:], 8)}: 2GB, 500 MB.")
     return size
+
+
+def user_dir(kind: str) -> Path:
+    """Where cnq keeps what is the user's: kind is state or cache. XDG's base directories; on Windows, LOCALAPPDATA. Not made.
+
+    Raises CnqError for a user without a home.
+    """
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else f"XDG_{kind.upper()}_HOME", "")
+    if not Path(base).is_absolute():
+        try:
+            base = str(Path.home() / (".cache" if kind == "cache" else ".local/state"))
+        except RuntimeError:
+            raise CnqError(
+                f"this user has no home directory. Set XDG_{kind.upper()}_HOME to a folder you may write to."
+            ) from None
+    return Path(base) / "cnq" / kind if sys.platform == "win32" else Path(base) / "cnq"
 
 
 def sha256(path: Path) -> str:

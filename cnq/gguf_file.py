@@ -315,6 +315,30 @@ class GgufFile:
         return sum(t.n_elements for t in self.tensors.values())
 
     @property
+    def n_ctx(self) -> int | None:
+        """Tokens of context that the model was trained with."""
+        return self._count("context_length") or None
+
+    @property
+    def head_sizes(self) -> tuple[int, int]:
+        """Numbers in a head's key, and in its value; 0 when the file does not say."""
+        heads = self._count("attention.head_count")
+        size = self._count("embedding_length") // heads if heads else 0
+        return self._count("attention.key_length") or size, self._count("attention.value_length") or size
+
+    @property
+    def kv_width(self) -> int:
+        """Numbers that all layers together keep of a token: its keys and values. 0 when the file does not say."""
+        per_layer = self.fields.get(f"{self.arch}.attention.head_count_kv")
+        same = self._count("attention.head_count_kv") or self._count("attention.head_count")
+        heads = sum(per_layer) if isinstance(per_layer, list) else self._count("block_count") * same
+        return heads * sum(self.head_sizes)
+
+    def _count(self, key: str) -> int:
+        value = self.fields.get(f"{self.arch}.{key}")
+        return value if isinstance(value, int) and value > 0 else 0
+
+    @property
     def bits_per_weight(self) -> float:
         """Bits of all tensor data over the parameters, vocabulary included: llama-quantize's BPW."""
         return sum(t.nbytes for t in self.tensors.values()) * 8 / max(1, self.n_params)

@@ -10,9 +10,10 @@ CNQ = ROOT / "cnq"
 
 # A module imports only from those before it.
 ORDER = [
-    "errors", "files", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog", "archs", "vocab",
-    "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix",
-    "scores", "evaluate", "choices", "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
+    "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
+    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "chat", "ollama",
+    "build", "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],

@@ -3,17 +3,21 @@
 import copy
 import ctypes
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import compress, count
+from operator import ne
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
-import psutil
 
 from ..errors import EngineError, GgufError, listed
-from ..gguf_file import F32, GgufFile
+from ..gguf_file import TYPE_BY_NAME, GgufFile
+from ..machine import physical_cores
 from ..prompts import token_text
+from ..tuning import PLAIN, Tuned
 from . import ggml
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
@@ -52,14 +56,16 @@ class Model:
         path: Path,
         *,
         n_ctx: int = 0,
-        n_batch: int = 512,
+        n_batch: int = 0,
         n_threads: int = 0,
+        tuned: Tuned = PLAIN,
         exact: bool = False,
         watch: Callable[[ggml.Tensor, bool], bool] | None = None,
         stop: Callable[[], bool] | None = None,
     ):
-        """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
+        """n_ctx: tokens; 0 = what the model was trained with. n_batch: tokens run at once; 0 = tuned.batch.
 
+        tuned: how to run it, e.g. tuning.best(path). n_threads: wins over tuned's; 0 = tuned's.
         exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
         watch: llama.cpp's evaluation callback. Asked (tensor, True) whether a result is wanted; shown it with False, it
         may return False to end the pass. What it raises comes out of the call that ran the pass.
@@ -72,16 +78,14 @@ class Model:
         self.fields = file.fields
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
-        params.use_extra_bufts = not _AMX
+        params.use_extra_bufts = tuned.repack and not _AMX
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP_MLOCK if tuned.mlock else lib.LLAMA_LOAD_MODE_AUTO
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise EngineError(f"llama.cpp cannot load {path}: {_complaint()}")
         context = lib.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
-        context.n_threads = context.n_threads_batch = n_threads or physical_cores()
-        if exact:
-            context.type_k = context.type_v = F32.id
-            context.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context.n_ctx = n_ctx
+        _tune(context, replace(tuned, flash_attn=False, type_kv="F32") if exact else tuned, n_batch, n_threads)
         self._watch_error: BaseException | None = None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
@@ -90,8 +94,6 @@ class Model:
         self._params = context  # and what it refers to
         self._begin()
         self._vocab = lib.llama_model_get_vocab(self._model)
-        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
-        self.n_batch = n_batch
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
@@ -105,13 +107,22 @@ class Model:
             raise EngineError(
                 f"llama.cpp cannot make room for a context of {self._params.n_ctx} tokens: {_complaint()} Try a smaller --ctx."
             )
+        self.n_ctx: int = int(lib.llama_n_ctx(self._ctx))
+        self.n_batch: int = int(self._params.n_batch)
+        self._batch: _Batch = _Batch(self.n_batch)
         self._memory: object = lib.llama_get_memory(self._ctx)
         self._seen: list[int] = []  # tokens whose keys and values are in the context
 
-    def fork(self) -> "Model":
-        """Another context on the same weights, to be used in another thread. Close it before this one."""
+    def fork(self, tuned: Tuned | None = None) -> "Model":
+        """Another context on the same weights, which may be used in another thread. Close it before this one.
+
+        tuned: how it runs, but for mlock and repack, which the weights have in common; None = as this one.
+        """
         twin = copy.copy(self)
         twin._ctx, twin._forked = None, True
+        if tuned:
+            twin._params = type(self._params).from_buffer_copy(self._params)  # what it refers to, this one holds
+            _tune(twin._params, tuned, 0, 0)
         twin._begin()
         return twin
 
@@ -212,9 +223,8 @@ class Model:
         """Bring the context to the end of the prompt."""
         if not prompt or len(prompt) >= self.n_ctx:
             raise EngineError(f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
-        common = 0
-        while common < min(len(prompt) - 1, len(self._seen)) and prompt[common] == self._seen[common]:
-            common += 1
+        differs = next(compress(count(), map(ne, prompt, self._seen)), len(self._seen))
+        common = min(differs, len(prompt) - 1)
         self._forget(common)
         for start in range(common, len(prompt), self.n_batch):
             self._decode(prompt[start : start + self.n_batch], start, 1)
@@ -242,16 +252,7 @@ class Model:
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
-        batch = lib.llama_batch_init(len(tokens), 0, 1)
-        try:
-            batch.n_tokens = len(tokens)
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, position + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= len(tokens) - n_logits
-            status = lib.llama_decode(self._ctx, batch)
-        finally:
-            lib.llama_batch_free(batch)
+        status = lib.llama_decode(self._ctx, self._batch.filled(tokens, position, n_logits))
         if error := self._watch_error:
             self._watch_error = None
             raise error
@@ -279,8 +280,32 @@ class Model:
         del self._seen[keep:]
 
 
-def physical_cores() -> int:
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+class _Batch:
+    """A llama_batch of one sequence, filled anew for every pass."""
+
+    def __init__(self, room: int):
+        self._token, self._pos, self._logits = ((kind * room)() for kind in (lib.llama_token, lib.llama_pos, ctypes.c_int8))
+        own = ctypes.pointer(lib.llama_seq_id(0))
+        n_seq_id, seq_id = (ctypes.c_int32 * room)(*[1] * room), (type(own) * room)(*[own] * room)
+        self._batch = lib.llama_batch(0, self._token, None, self._pos, n_seq_id, seq_id, self._logits)
+
+    def filled(self, tokens: Sequence[int], position: int, n_logits: int) -> object:
+        n = self._batch.n_tokens = len(tokens)
+        self._token[:n] = tokens
+        self._pos[:n] = range(position, position + n)
+        self._logits[:n] = bytes(n - n_logits) + b"\1" * n_logits
+        return self._batch
+
+
+def _tune(context: Any, tuned: Tuned, n_batch: int, n_threads: int) -> None:
+    """Put into llama.cpp's parameters of a context how it is to run."""
+    context.n_batch = n_batch or tuned.batch
+    context.n_ubatch = min(context.n_batch, tuned.batch)
+    context.n_threads = n_threads or tuned.threads or physical_cores()
+    context.n_threads_batch = n_threads or tuned.threads_batch or physical_cores()
+    where_it_can, never = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context.flash_attn_type = where_it_can if tuned.flash_attn else never
+    context.type_k = context.type_v = TYPE_BY_NAME[tuned.type_kv].id
 
 
 def _refuse_fatal(file: GgufFile) -> None:
