@@ -4,6 +4,7 @@ import errno
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -33,7 +34,8 @@ def replacing(dst: Path, *, force: bool = False, need: int = 0, folder: bool = F
         if dst.exists() and not force:
             raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
         partial = dst.with_name(dst.name + PARTIAL)
-        with _made(dst.parent), _locked(partial, dst):
+        busy = f"{dst} is being written by another cnq. Wait for it, or name another output."
+        with _made(dst.parent), locked(partial, busy):
             try:
                 _remove(partial)
                 require_space(dst.parent, need)
@@ -66,8 +68,9 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(partial: Path, dst: Path) -> Iterator[None]:
-    path = partial.with_name(partial.name + ".lock")
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Keep other cnqs from `file`, there or not. Raises OSError, and CnqError with the words `busy`."""
+    path = file.with_name(file.name + ".lock")
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -75,7 +78,7 @@ def _locked(partial: Path, dst: Path) -> Iterator[None]:
     except Timeout:
         if not path.exists():  # filelock takes a folder without room for files (/proc) for a busy one
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        raise CnqError(f"{dst} is being written by another cnq. Wait for it, or name another output.") from None
+        raise CnqError(busy) from None
     finally:
         if lock.is_locked:
             with suppress(OSError):  # Windows cannot remove an open file; there filelock does it
@@ -90,6 +93,22 @@ def require_space(folder: Path, need: int) -> None:
         raise NoSpace(
             f"{folder}: {decimal(need)} needed, {decimal(free)} free. Make room, or name an output on another disk (--out)."
         )
+
+
+def user_dir(kind: str) -> Path:
+    """Where cnq keeps what is the user's: kind is state or cache. XDG's base directories; on Windows, LOCALAPPDATA. Not made.
+
+    Raises CnqError for a user without a home.
+    """
+    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else f"XDG_{kind.upper()}_HOME", "")
+    if not Path(base).is_absolute():
+        try:
+            base = str(Path.home() / (".cache" if kind == "cache" else ".local/state"))
+        except RuntimeError:
+            raise CnqError(
+                f"this user has no home directory. Set XDG_{kind.upper()}_HOME to a folder you may write to."
+            ) from None
+    return Path(base) / "cnq" / kind if sys.platform == "win32" else Path(base) / "cnq"
 
 
 def sha256(path: Path) -> str:
