@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .imatrix_stats import Statistics
     from .inspection import Inspected
     from .quantize import Plan
+    from .sessions import Session
 
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
@@ -224,9 +225,22 @@ def show_bench(found: "Bench") -> None:
 
 def stream(pieces: Iterator[str]) -> None:
     """Print an answer as it comes."""
+    if sys.stdout.isatty():
+        from .chat_terminal.wrapping import clusters, printable
+
+        pieces = map(printable, clusters(pieces))
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+
+
+def show_answer(session: "Session", pieces: Iterator[str]) -> None:
+    """Print an answer as it comes, then what should be said of it, on stderr; the conversation is kept."""
+    stream(pieces)
+    for note in session.chat.notes:
+        click.echo(f"note: {one_line(note)}", err=True)
+    session.chat.notes.clear()
+    session.save()
 
 
 class Progress:

@@ -2,23 +2,28 @@
 
 import copy
 import ctypes
+import hashlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import compress, count
 from operator import ne
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from ..errors import EngineError, GgufError, listed
+from ..errors import EngineError, GgufError, Interrupted, SessionError, listed
+from ..files import replacing
 from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..machine import physical_cores
 from ..prompts import token_text
 from ..tuning import PLAIN, Tuned
-from . import ggml
+from . import ggml, state
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
 
@@ -38,11 +43,13 @@ _AMX = b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 = always the likeliest token. repeat_last_n: how many tokens repeat_penalty looks back."""
+    """temperature 0 = always the likeliest token. min_p: least probability, of the likeliest's. repeat_last_n: how many tokens
+    repeat_penalty looks back."""
 
     temperature: float = 0.2
     top_k: int = 40
     top_p: float = 0.9
+    min_p: float = 0.0
     repeat_penalty: float = 1.1
     repeat_last_n: int = 64
     seed: int = 0xFFFFFFFF  # llama.cpp's word for a random one
@@ -75,7 +82,7 @@ class Model:
         """
         file = GgufFile(path)  # a file that is no GGUF is refused here, before native code sees it
         _refuse_fatal(file)
-        self.fields = file.fields
+        self.path, self.fields, self._file = path, file.fields, file
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
         params.use_extra_bufts = tuned.repack and not _AMX
@@ -89,8 +96,11 @@ class Model:
         self._watch_error: BaseException | None = None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
+        self._flag = ggml.Flag()
         if stop:
             context.abort_callback = lib.ggml_abort_callback(lambda user_data: stop())
+        else:
+            self._flag.give_to(context)
         self._params = context  # and what it refers to
         self._begin()
         self._vocab = lib.llama_model_get_vocab(self._model)
@@ -223,11 +233,80 @@ class Model:
         """Bring the context to the end of the prompt."""
         if not prompt or len(prompt) >= self.n_ctx:
             raise EngineError(f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
-        differs = next(compress(count(), map(ne, prompt, self._seen)), len(self._seen))
-        common = min(differs, len(prompt) - 1)
+        common = self.holds(prompt[:-1])
         self._forget(common)
         for start in range(common, len(prompt), self.n_batch):
             self._decode(prompt[start : start + self.n_batch], start, 1)
+
+    @property
+    def n_seen(self) -> int:
+        """How many tokens are in the context; may be asked from another thread while the model computes."""
+        return len(self._seen)
+
+    def holds(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are in the context already."""
+        differs = compress(count(), map(ne, tokens, self._seen))
+        return next(differs, min(len(tokens), len(self._seen)))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Bring the context to the end of the tokens, without logits: for what comes after them."""
+        common = self.holds(tokens)
+        self._forget(common)
+        for start in range(common, len(tokens), self.n_batch):
+            self._decode(tokens[start : start + self.n_batch], start, 0)
+
+    def interrupt(self) -> None:
+        """From any thread: have the pass that runs now, or the next one, raise Interrupted. Until `resume`."""
+        self._flag.set(True)
+
+    def resume(self) -> None:
+        self._flag.set(False)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights; see state.fingerprint."""
+        return state.fingerprint(self._file).hex()
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for contexts that can go on from each other's state: same weights, llama.cpp, and form of the cache."""
+        p = self._params
+        form = (llama_cpp.__version__, p.type_k, p.type_v, p.flash_attn_type, p.rope_freq_base, p.rope_freq_scale)
+        return hashlib.sha256(f"{self.fingerprint} {form}".encode()).hexdigest()
+
+    @property
+    def state_bytes(self) -> int:
+        """About what save_state writes now."""
+        return int(lib.llama_state_seq_get_size(self._ctx, 0)) + 4 * len(self._seen)
+
+    def save_state(self, path: Path) -> None:
+        """Write the context, tokens with their keys and values, for load_state; `path` is replaced.
+
+        Raises NoSpace, CnqError (not writable), EngineError (nothing in the context, or a kind of model without a plain cache).
+        """
+        if not self._seen:
+            raise EngineError("the context is empty: there is no state to keep.")
+        tokens = (lib.llama_token * len(self._seen))(*self._seen)
+        with replacing(path, force=True, need=self.state_bytes) as partial:
+            if not lib.llama_state_seq_save_file(self._ctx, os.fsencode(partial), 0, tokens, len(tokens)):
+                raise EngineError(f"llama.cpp cannot write {partial}: {_complaint()}")
+            state.seal(partial, bytes.fromhex(self.identity))
+
+    def load_state(self, path: Path) -> int:
+        """Take over a context that save_state wrote: the number of its tokens. Without it, the context stays as it is.
+
+        Raises SessionError: damaged, of another model, longer than this context.
+        """
+        tokens = state.unsealed(path, bytes.fromhex(self.identity))
+        if len(tokens) > self.n_ctx:
+            raise SessionError(f"{path} holds {len(tokens)} tokens, the context {self.n_ctx}. Raise --ctx, or delete it.")
+        self._forget(0)
+        room, n = (lib.llama_token * len(tokens))(), ctypes.c_size_t()
+        if not lib.llama_state_seq_load_file(self._ctx, os.fsencode(path), 0, room, len(tokens), ctypes.byref(n)):
+            self._forget(0)
+            raise SessionError(f"{path} was refused by llama.cpp: {_complaint()} Delete it: it will be computed again.")
+        self._seen = tokens
+        return len(tokens)
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
         """Yield the tokens of an answer, without the one that ends it.
@@ -256,6 +335,8 @@ class Model:
         if error := self._watch_error:
             self._watch_error = None
             raise error
+        if status == 2:  # aborted; what the pass had done of these tokens is forgotten
+            raise Interrupted("the model was asked to stop.")
         if status:
             raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
         self._seen += tokens
@@ -349,6 +430,8 @@ def _sampler(sampling: Sampling, n_vocab: int) -> object:
         return chain
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
+    if sampling.min_p > 0:
+        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(sampling.min_p, 1))
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
     lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(sampling.seed))
     return chain
