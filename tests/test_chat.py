@@ -262,7 +262,7 @@ def test_what_cannot_be_is_refused(gguf, arguments, saying):
 
 def test_a_model_without_template_asks_for_a_format(gguf):
     result = CliRunner().invoke(cli, ["chat", str(gguf(vocab="spm")), "--prompt", "你好"])
-    assert result.exit_code == 1 and "--format alpaca|llama-2" in result.output
+    assert result.exit_code == 1 and "--format alpaca|" in result.output
     result = CliRunner().invoke(
         cli, ["chat", str(gguf(vocab="spm")), "--prompt", "你好", "--format", "alpaca", "--max-tokens", "2"]
     )
