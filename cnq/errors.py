@@ -11,6 +11,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── QuantizeError           llama.cpp refused the quantization, or died in it
 │   └── ImatrixRequired     the type is too small for plain rounding
 ├── EngineError             llama.cpp could not load or run the model
+│   └── Interrupted         somebody asked the model to stop
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── OutputExists            the destination is there and --force was not given
@@ -61,6 +62,10 @@ class ImatrixRequired(QuantizeError):
 
 
 class EngineError(CnqError):
+    pass
+
+
+class Interrupted(EngineError):
     pass
 
 

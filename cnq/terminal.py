@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .imatrix_stats import Statistics
     from .inspection import Inspected
     from .quantize import Plan
+    from .serve import Serving
 
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
@@ -189,6 +190,16 @@ def show_choices(found: list["Choices"]) -> None:
         click.echo(
             f"{c.path.name}: {c.accuracy:.2f} ± {c.error:.2f} % of {n} questions, {c.average:.2f} % by subject, {c.shots}-shot"
         )
+
+
+def show_page(serving: "Serving") -> None:
+    click.echo(f"{serving.model}: open {serving.url}  Ctrl-C ends it")
+
+
+def show_serving(serving: "Serving") -> None:
+    at_a_time = "one answer" if serving.slots == 1 else f"{serving.slots} answers"
+    click.echo(f"{serving.model}: {at_a_time} at a time, {serving.queue} more may wait, {serving.n_ctx} tokens of context")
+    click.echo(f"{serving.url}/v1  Ctrl-C ends it")
 
 
 def stream(pieces: Iterator[str]) -> None:

@@ -12,10 +12,11 @@ CNQ = ROOT / "cnq"
 ORDER = [
     "errors", "files", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog", "archs", "vocab",
     "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores", "evaluate", "choices",
-    "speed", "report", "chat", "ollama", "build", "terminal", "cli", "__main__",
+    "speed", "report", "chat", "answer", "slots", "serve", "web", "ollama", "build", "terminal", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint"], "sentencepiece": ["vocab"], "huggingface_hub": ["catalog"],
-         "matplotlib": ["report"]}  # fmt: skip
+         "matplotlib": ["report"], "starlette": ["serve", "web"], "uvicorn": ["serve"], "pydantic": ["serve"],
+         "gradio": ["web"], "fastapi": ["web"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:
