@@ -25,10 +25,9 @@ from cnq.engine.model import Model
 openai = pytest.importorskip("openai")
 
 ROOT = Path(__file__).parents[1]
-END = 422  # <|im_end|> of the tiny model
-NO_END = {"2": -100, str(END): -100}  # so that an answer goes on until max_tokens
+NO_END = {2: -100, 420: -100, 422: -100}  # </s>, [PAD], <|im_end|>: so that an answer goes on until max_tokens
 QUESTIONS = ["人工智能是什么？", "The quick brown fox", "写一首诗😀\n\n第二行", "  量化  "]
-KEY = "钥匙-sesame"
+KEY = "open-sesame"
 
 
 class Server:
@@ -166,7 +165,7 @@ def test_an_answer_as_the_client_has_it_may_be_sent_back(server):
 def test_characters_cut_into_tokens_are_streamed_whole(server, model):
     """Only bytes of 量, and a grammar that wants sound UTF-8 of them."""
     bytes_of = {model.fields["tokenizer.ggml.tokens"].index(f"<0x{b:02X}>"): 60 for b in "量".encode()}
-    options = {"logit_bias": bytes_of | {END: -100}, "response_format": {"type": "json_object"}, "max_tokens": 100}
+    options = {"logit_bias": bytes_of | NO_END, "response_format": {"type": "json_object"}, "max_tokens": 100}
     text, _, pieces = streamed(server.chat(stream=True, **options))
     assert server.chat(**options).choices[0].message.content == text
     wide = [c for c in text if ord(c) > 0x7F]
@@ -320,7 +319,7 @@ def test_models(server):
 
 # Refusals
 
-LONG = "长" * 1_000_000
+LONG = "长" * 333_334  # 1 MB
 
 
 @pytest.mark.parametrize(
@@ -398,14 +397,14 @@ def test_bad_requests_are_answered_in_openais_form(server, path, body, status):
 
 
 def test_no_key_no_answer(guarded):
-    for key in ("wrong", KEY[:-1], KEY + "x", ""):
+    for key in ("wrong", "钥匙", KEY[:-1], KEY + "x", ""):
         status, told, headers = guarded.request("GET", "/v1/models", headers={"Authorization": f"Bearer {key}".encode()})
         assert (status, told["error"]["code"], headers["WWW-Authenticate"]) == (401, "invalid_api_key", "Bearer")
     assert guarded.request("GET", "/v1/models")[0] == 401
     assert guarded.request("POST", "/v1/chat/completions", {"messages": []})[0] == 401
     with pytest.raises(openai.AuthenticationError):
         guarded.client("wrong").models.list()
-    assert guarded.request("GET", "/v1/models", headers={"Authorization": f"Bearer {KEY}".encode()})[0] == 200
+    assert guarded.request("GET", "/v1/models", headers={"Authorization": f"Bearer {KEY}"})[0] == 200
     assert guarded.health()["status"] == "ok"  # for a watchdog
 
 
@@ -438,11 +437,11 @@ def test_a_full_queue_is_429_and_who_leaves_makes_room(server):
     assert refused.value.code == "queue_full"
     open_[1][0].close()  # one that waits
     open_[1][1].close()
-    server.wait_for(1, running=1, waiting=1)
+    server.wait_for(3, running=1, waiting=1)
     for connection, response in (open_[0], open_[2]):
         connection.close()
         response.close()
-    server.wait_for(1, running=0, waiting=0)
+    server.wait_for(3, running=0, waiting=0)
     assert server.chat().choices
 
 
@@ -453,36 +452,33 @@ def test_an_answer_that_nobody_waits_for_is_given_up(server):
     connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
     server.wait_for(running=1)
     connection.close()
-    server.wait_for(1, running=0)
+    server.wait_for(3, running=0)
 
 
 def test_a_slow_reader_holds_up_nobody(server):
+    """Megabytes of events, more than the sockets between hold, of which nothing is read at first."""
     server.wait_for(running=0, waiting=0)
-    with socket.create_connection(urlsplit(server.url).netloc.split(":")) as slow:
-        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        body = json.dumps(
-            {"messages": [{"role": "user", "content": "长"}], "max_tokens": 1500, "logit_bias": NO_END, "stream": True}
-        )
-        slow.sendall(f"POST /v1/chat/completions HTTP/1.0\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-                     f"Content-Length: {len(body)}\r\n\r\n{body}".encode())  # fmt: skip
-        server.wait_for(running=1)
-        assert server.chat().choices  # after the slow one's answer was made, though hardly read
-        server.wait_for(running=0)
-        raw = b""
-        while part := slow.recv(1 << 16):
-            raw += part
-    assert raw.rstrip().endswith(b"data: [DONE]")
-    assert raw.count(b"\ndata: ") > 500
+    body = {"messages": [{"role": "user", "content": "长"}], "max_tokens": 3500, "logit_bias": NO_END, "stream": True,
+            "logprobs": True, "top_logprobs": 20}  # fmt: skip
+    slow = server.connection()
+    slow.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    server.wait_for(running=1)
+    assert server.chat().choices  # after the slow one's answer was made
+    server.wait_for(running=0)
+    raw = slow.getresponse().read()
+    assert len(raw) > 4 << 20
+    assert raw.endswith(b"data: [DONE]\n\n")
+    assert sum(len(event["choices"][0]["logprobs"]["content"]) for line in raw.decode().splitlines()
+               if line.startswith("data: {") and (event := json.loads(line[6:]))["choices"][0]["logprobs"]) > 3400  # fmt: skip
 
 
-@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_told_to_stop_it_ends_running_answers_and_refuses_those_who_wait(model_path, sign):
-    with running(model_path, "--ctx", "4096") as server:
+def test_told_to_stop_it_ends_running_answers_and_refuses_those_who_wait(model_path):
+    with running(model_path) as server:
         connection, response = server.long_stream(4000)
         response.read(2000)
         _, waiting = server.long_stream()
         server.wait_for(running=1, waiting=1)
-        server.process.send_signal(sign)
+        server.process.send_signal(signal.SIGTERM)
         started = time.monotonic()
         rest = response.read().decode()
         assert re.search(r'"finish_reason":"length"}\]}\n\ndata: \[DONE\]\n\n$', rest), rest[-300:]
@@ -494,6 +490,14 @@ def test_told_to_stop_it_ends_running_answers_and_refuses_those_who_wait(model_p
         connection.close()
 
 
+def test_ctrl_c_is_no_failure(model_path):
+    with running(model_path) as server:
+        server.chat()
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.communicate(timeout=10) == ("", "")
+        assert server.process.returncode == 0
+
+
 def test_load(model_path):
     """Slow readers, dropped connections, a full queue: nothing hangs or grows. The long run is in docs/benchmarks.md."""
     with running(model_path, "--queue", "4") as server:
@@ -501,7 +505,9 @@ def test_load(model_path):
         command = [sys.executable, str(ROOT / "tools" / "load.py"), server.url, "--pid", str(server.process.pid), "--json"]
         first, second = (
             json.loads(
-                subprocess.run([*command, "--requests", "120", "--clients", "12"], stdout=subprocess.PIPE, timeout=60).stdout
+                subprocess.run(
+                    [*command, "--requests", "80", "--clients", "10", "--tokens", "16"], stdout=subprocess.PIPE, timeout=60
+                ).stdout
             )
             for _ in range(2)
         )

@@ -11,11 +11,14 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 from click.testing import CliRunner
+from safetensors.numpy import load_file, save_file
 
 from cnq.cli import cli
-from cnq.web.export import as_json, as_markdown
+from cnq.convert import convert
+from cnq.web.texts import as_json, as_markdown, displayed
 from cnq.web.words import LANGUAGES, WORDS, language_of
 
 TALK = [{"role": "system", "content": "简短。"}, {"role": "user", "content": "什么是`量化`？\n"},
@@ -60,6 +63,34 @@ def test_what_cannot_be_served_is_said(gguf):
     assert result.exit_code == 1 and "has no chat template" in result.output
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("vector<int> 和 <table>", r"vector\<int> 和 \<table>"),
+        ("a &lt; b & c", r"a \&lt; b \& c"),
+        ("`vector<int>` <b>", r"`vector<int>` \<b>"),
+        ("``a`<b``<c>", r"``a`<b``\<c>"),
+        ("<a>\n```html\n<b>\n```\n<c>", "\\<a>\n```html\n<b>\n```\n\\<c>"),
+        ("```\n<b>", "```\n<b>"),
+        ("> 引用 <|im_end|>", r"> 引用 \<|im_end|>"),
+        (r"\<b>", r"\<b>"),
+    ],
+)
+def test_nothing_is_taken_for_html(text, shown):
+    assert displayed(text) == shown
+
+
+@pytest.fixture(scope="module")
+def endless(gguf, tmp_path_factory):
+    """The tiny model, which never ends by itself: the logits of its three end tokens stay 0."""
+    source, folder = gguf(vocab="spm-added", max_position_embeddings=4096).parent / "hf", tmp_path_factory.mktemp("endless")
+    shutil.copytree(source, folder / "hf")
+    tensors = load_file(folder / "hf" / "model.safetensors")
+    tensors["lm_head.weight"][[2, 420, 422]] = 0
+    save_file(tensors, folder / "hf" / "model.safetensors", metadata={"format": "pt"})
+    return convert(folder / "hf", folder / "endless.gguf", dtype="f16").path
+
+
 @contextmanager
 def page_of(gguf: Path):
     command = [sys.executable, "-m", "cnq", "web", str(gguf), "--port", "0", "--threads", "1", "--json"]
@@ -86,10 +117,10 @@ def browser():
         browser.close()
 
 
-def test_a_conversation_in_the_browser(browser, gguf, tmp_path):
+def test_a_conversation_in_the_browser(browser, endless, tmp_path):
     from playwright.sync_api import expect
 
-    with page_of(gguf(vocab="spm-added", max_position_embeddings=4096)) as (told, process):
+    with page_of(endless) as (told, process):
         url = told["url"]
         request = urllib.request.Request(url, headers={"Host": "evil.example"})
         with pytest.raises(urllib.error.HTTPError, match="403"):
@@ -110,10 +141,11 @@ def test_a_conversation_in_the_browser(browser, gguf, tmp_path):
         slider = page.locator("#max_tokens input[type=number]")
         slider.fill("12")
         slider.blur()
-        box.fill("人工智能是什么？")
+        question = "人工智能是什么？`<b>` <table> vector<int> &lt;"
+        box.fill(question)
         box.press("Enter")
         expect(users).to_have_count(1)
-        expect(users.first).to_contain_text("人工智能是什么？")
+        expect(users.first).to_contain_text(question.replace("`", ""))
         expect(bot).to_have_count(1)
         expect(send).to_be_visible()
         first = bot.first.inner_text()
@@ -134,7 +166,10 @@ def test_a_conversation_in_the_browser(browser, gguf, tmp_path):
         stop.click()
         expect(send).to_be_visible()
         said = bot.nth(1).inner_text()
+        cpu = psutil.Process(process.pid).cpu_percent
+        cpu()
         page.wait_for_timeout(400)
+        assert cpu() < 30  # per cent of a core: the model rests
         assert bot.nth(1).inner_text() == said
         expect(users).to_have_count(2)
 
@@ -158,8 +193,8 @@ def test_a_conversation_in_the_browser(browser, gguf, tmp_path):
             download.value.save_as(tmp_path / id)
         messages = json.loads((tmp_path / "json").read_text(encoding="utf-8"))["messages"]
         assert [m["role"] for m in messages] == ["system", "user", "assistant"]
-        assert messages[1]["content"] == "人工智能是什么？"
-        assert "## User\n\n人工智能是什么？\n" in (tmp_path / "markdown").read_text(encoding="utf-8")
+        assert messages[1]["content"] == question
+        assert f"## User\n\n{question}\n" in (tmp_path / "markdown").read_text(encoding="utf-8")
 
         assert not problems
         assert {u for u in asked if not u.startswith((url, "data:", "blob:"))} == set()

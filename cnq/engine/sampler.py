@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,11 +128,14 @@ def json_grammar(schema: dict[str, Any] | None) -> str:
         return str(JSON_GBNF)
     _require_tame(schema)
     try:
-        return str(json_schema_to_gbnf(json.dumps(schema)))
+        grammar = str(json_schema_to_gbnf(json.dumps(schema)))
     except Exception as error:  # it asserts, looks up and unpacks what it finds: anything may come out
         raise EngineError(f"the JSON schema cannot be followed: {type(error).__name__} {error}. Make it simpler.") from error
+    return re.sub(r"^char ::= .*", lambda _: _CHAR, grammar, flags=re.M)
 
 
+# Of a string. The converter's rule lets control characters through, JSON does not; this is llama.cpp's grammars/json.gbnf.
+_CHAR = r'char ::= [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4})'
 _KEYWORDS = {
     "$defs", "$ref", "$schema", "additionalProperties", "allOf", "anyOf", "const", "default", "definitions", "description",
     "enum", "examples", "items", "maxItems", "maxLength", "minItems", "minLength", "oneOf", "prefixItems", "properties",

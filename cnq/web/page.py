@@ -1,6 +1,7 @@
 """The page: Gradio's components, and what happens when something is pressed. A browser tab is a conversation of its own."""
 
 import asyncio
+import html
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -13,7 +14,7 @@ from ..engine.model import Model, Sampling
 from ..errors import CnqError, Interrupted
 from ..prompts import Message
 from ..slots import Busy, Put, Slots, Stopping
-from .export import as_json, as_markdown
+from .texts import as_json, as_markdown, displayed
 from .words import LANGUAGES, language_of, say
 
 _EVERY = 0.05  # seconds between updates of an answer: the whole conversation is compared and drawn each time
@@ -24,7 +25,7 @@ _SAVE = """(text, name) => {
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }"""
-CSS = "#chat .message { line-height: 1.7; }"
+CSS = "#chat .message { line-height: 1.7; } #language { padding-top: 6px; }"
 # The reader's own: Gradio's themes fetch theirs from Google.
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif")
 MONO_FONTS = ("ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace")
@@ -40,12 +41,13 @@ def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
         with gr.Row(equal_height=True):
             gr.Markdown(f"## {name}")
             switch = gr.Radio([(label, key) for key, label in LANGUAGES.items()], value="zh", show_label=False, container=False,
-                              min_width=160, scale=0, elem_id="language")  # fmt: skip
+                              min_width=230, scale=0, elem_id="language")  # fmt: skip
         with gr.Row(scale=1):
             with gr.Column(scale=4):
                 chat = gr.Chatbot(
                     show_label=False,
-                    height="62vh",
+                    height="calc(100vh - 245px)",
+                    min_height=240,
                     buttons=["copy"],
                     allow_tags=False,
                     latex_delimiters=[{"left": "$$", "right": "$$", "display": True}],
@@ -53,17 +55,18 @@ def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
                 )
                 question = gr.Textbox(show_label=False, lines=1, max_lines=8, autofocus=True, elem_id="question")
                 with gr.Row():
-                    send = gr.Button(variant="primary", elem_id="send")
-                    stop = gr.Button(variant="stop", visible=False, elem_id="stop")
-                    again, undo, clear = (gr.Button(elem_id=id) for id in ("again", "undo", "clear"))
+                    send = gr.Button(variant="primary", min_width=90, elem_id="send")
+                    stop = gr.Button(variant="stop", visible=False, min_width=90, elem_id="stop")
+                    again, undo, clear = (gr.Button(min_width=90, elem_id=id) for id in ("again", "undo", "clear"))
             with gr.Column(scale=1, min_width=260):
                 system = gr.Textbox(lines=3, max_lines=10, elem_id="system")
                 with gr.Accordion(open=True) as sampling:
                     sliders = _sliders(style.sampling, slots.model.n_ctx)
-                with gr.Accordion(open=True) as export:
-                    save_json, save_markdown = gr.Button("JSON", elem_id="json"), gr.Button("Markdown", elem_id="markdown")
+                with gr.Accordion(open=True) as export, gr.Row():
+                    save_json, save_markdown = (gr.Button(title, size="sm", min_width=90, elem_id=title.lower())
+                                                for title in ("JSON", "Markdown"))  # fmt: skip
 
-        # Asking. One event from the first update to the last, so that one cancellation ends it.
+        # Asking. What follows an answer also follows one that was stopped: an update on its way could undo it otherwise.
         changing = [history, chat, question, send, stop, again, undo, clear]
         given = [history, language, system, *sliders]
         streaming: Any = {
@@ -75,9 +78,12 @@ def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
         at_once: Any = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         asking = gr.on([question.submit, send.click], talk.ask, [question, *given], **streaming)
         asking_again = again.click(talk.again, [question, *given], **streaming)
-        stop.click(talk.stopped, [question, history], changing, cancels=[asking, asking_again], **at_once)
+        for event in (asking, asking_again):
+            event.then(talk.ended, [question, history], changing, **at_once)
+        stop.click(None, cancels=[asking, asking_again], **at_once)
         undo.click(talk.undo, [question, history], changing, **at_once)
-        clear.click(lambda: talk.shown([], ""), None, changing, **at_once)
+        for emptying in (clear.click, chat.clear):
+            emptying(lambda question: talk.shown([], question), question, changing, **at_once)
 
         # Exporting: the text goes through the page, no file is made here.
         said = [exported, file_name]
@@ -141,7 +147,14 @@ class _Talk:
 
     def shown(self, history: list[Message], question: str, *, running: bool = False) -> list[Any]:
         buttons = [gr.update(interactive=not running) for _ in range(3)]
-        return [history, history, question, gr.update(visible=not running), gr.update(visible=running), *buttons]
+        return [
+            history,
+            [m | {"content": displayed(m["content"])} for m in history],
+            question,
+            gr.update(visible=not running),
+            gr.update(visible=running),
+            *buttons,
+        ]
 
     async def ask(self, question: str, history: list[Message], *given: Any) -> AsyncIterator[list[Any]]:
         if question.strip():
@@ -161,8 +174,8 @@ class _Talk:
             return self.shown(history, question)
         return self.shown(history[: asked[-1]], question or history[asked[-1]]["content"])
 
-    def stopped(self, question: str, history: list[Message]) -> list[Any]:
-        """What was said so far stays; a question to which nothing was said is taken back."""
+    def ended(self, question: str, history: list[Message]) -> list[Any]:
+        """What was said stays; a question to which nothing was said is taken back."""
         if history and history[-1]["role"] == "user":
             return self.undo(question, history)
         return self.shown(history, question)
@@ -198,8 +211,7 @@ class _Talk:
             prompt = await asyncio.to_thread(prompt_tokens, self._slots.model, self._style, conversation)
             turn = self._slots.start(work, prompt)
         except CnqError as error:
-            gr.Warning(_reason(error, language), duration=10)
-            yield self.stopped(question, history)
+            _warn(error, language)
             return
         try:
             async for piece in turn:
@@ -210,20 +222,23 @@ class _Talk:
         except Interrupted:
             pass  # the server ends
         except CnqError as error:
-            gr.Warning(_reason(error, language), duration=None)
+            _warn(error, language)
         finally:
             turn.close()
-        yield self.shown(_with(history, answer), question) if answer else self.stopped(question, history)
+        if answer:
+            yield self.shown(_with(history, answer), question, running=True)
 
 
 def _with(history: list[Message], answer: str) -> list[Message]:
     return [*history, {"role": "assistant", "content": answer}]
 
 
-def _reason(error: CnqError, language: str) -> str:
+def _warn(error: CnqError, language: str) -> None:
     match error:
         case Busy():
-            return say("busy", language, seconds=error.seconds)
+            told = say("busy", language, seconds=error.seconds)
         case Stopping():
-            return say("stopping", language)
-    return say("error", language, error=error)
+            told = say("stopping", language)
+        case _:
+            told = say("error", language, error=html.escape(str(error)))
+    gr.Warning(told, title=say("note", language))

@@ -1,6 +1,7 @@
-"""A conversation as a file."""
+"""A conversation as text: on the page, and in a file."""
 
 import json
+import re
 from collections.abc import Sequence
 
 from ..prompts import Message
@@ -16,3 +17,12 @@ def as_markdown(model: str, messages: Sequence[Message], language: str) -> str:
     names = {"system": "system_role", "user": "user", "assistant": "assistant"}
     parts = [f"## {say(names[m['role']], language)}\n\n{m['content'].strip()}\n" for m in messages]
     return "\n".join([f"# {model}\n", *parts])
+
+
+def displayed(text: str) -> str:
+    """Markdown that shows `<` and `&` as they are, where Gradio would read HTML: vector<int>, the tag <table>.
+
+    Code, whole or not yet closed, is left alone: nothing is HTML there.
+    """
+    parts = re.split(r"(^ {0,3}```.*?(?:^ {0,3}```|\Z)|(`+)(?!`).*?(?<!`)\2(?!`))", text, flags=re.M | re.S)
+    return "".join(re.sub(r"(?<!\\)([<&])", r"\\\1", part) if i % 3 == 0 else part for i, part in enumerate(parts) if i % 3 < 2)
