@@ -1,9 +1,11 @@
 """A GGUF as an OpenAI-compatible HTTP server.
 
-llama-cpp-python brings such a server (llama_cpp.server, 0.3.36 was read). Of it, only its JSON schema converter is used here:
-it decodes all tokens again at each step of a stream; one lock holds every other request, /v1/models too, until the reader
-of a stream has taken the last event; nothing bounds how many wait; it allows every web page (CORS *) and compares the key
-with ==; and its prompts are not the ones the rest of cnq proves token by token.
+llama-cpp-python brings such a server (llama_cpp.server; 0.3.36 was run). Only its JSON schema converter and, below, llama.cpp
+itself are used here, because: a request cuts off the answer that another is being given (of 300 tokens asked for, 69 came when
+/v1/models was asked meanwhile; of four answers at a time, three were empty); with that switched off, one lock keeps everybody
+waiting, without a bound or a 429; all tokens are decoded again at each step of a stream; every web page may ask and read
+(CORS for any origin, with credentials), which cannot be switched off; the key is compared with ==; and its prompts are not
+those that the rest of cnq proves token by token.
 """
 
 from .server import Serving, serve
