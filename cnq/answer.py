@@ -12,7 +12,7 @@ from .errors import Interrupted
 
 @dataclass(frozen=True)
 class Ask:
-    """A prompt and how to answer it. stop: texts that end the answer, besides the model's own end tokens.
+    """A prompt and how to answer it. stop, end: texts and a token that end the answer, besides the model's own end tokens.
 
     logprobs: how many alternatives to score at each token; None = no scores. lstrip: no white space before the answer, as in
     a chat.
@@ -22,6 +22,7 @@ class Ask:
     sampling: Sampling
     max_tokens: int
     stop: tuple[str, ...] = ()
+    end: int | None = None
     logprobs: int | None = None
     lstrip: bool = False
 
@@ -93,6 +94,8 @@ class _Run:
         self.model.use_threads(self.threads())
         try:
             for token in self.model.generate(self.ask.prompt, self.ask.sampling, self.ask.max_tokens):
+                if token == self.ask.end:
+                    return
                 self.n += 1
                 if self.ask.logprobs is not None:
                     self._scored.append(_score(self.model.last_logits(), token, self.ask.logprobs, self._read))

@@ -2,8 +2,9 @@
 
 import codecs
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,22 @@ from .engine.model import Model, Sampling
 from .errors import PromptError
 from .gguf_file import GgufFile
 from .prompts import Message
+from .tuning import best
 
 MAX_CTX = 4096  # tokens; longer contexts cost memory from the start
 
 
 @dataclass(frozen=True)
 class Style:
-    """How to talk with a model. jinja: its template. stop: text that ends an answer, besides the model's own end tokens."""
+    """How to talk with a model. jinja: its template. stop: text that ends an answer, besides the model's own end tokens.
+
+    end: the template's end token where the model does not count it as one. It has no text to be seen in an answer.
+    """
 
     jinja: str
     stop: tuple[str, ...]
     sampling: Sampling
+    end: int | None = None
 
 
 def style_of(fields: dict[str, Any], path: Path, format: str | None) -> Style:
@@ -40,7 +46,12 @@ def style_of(fields: dict[str, Any], path: Path, format: str | None) -> Style:
     sampling = Sampling(temperature=known.temperature, repeat_penalty=known.repeat_penalty) if known else Sampling()
     template = known.jinja if format and known else jinja
     assert template
-    return Style(template, known.stop if known else (), sampling)
+    stop, end = known.stop if known else (), None
+    with suppress(PromptError):  # a template that cannot render any answer still may render questions
+        end = prompts.ending(template, fields)
+    if end and not end.counted:
+        return Style(template, tuple(dict.fromkeys((*stop, end.text))), sampling, end.token)
+    return Style(template, stop, sampling)
 
 
 class Chat:
@@ -56,6 +67,7 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         sampling = self.style.sampling if temperature is None else replace(self.style.sampling, temperature=temperature)
         tokens = self.model.generate(prompt_tokens(self.model, self.style, self.messages), sampling, max_tokens)
+        tokens = takewhile(lambda token: token != self.style.end, tokens)
         answer = ""
         try:
             for piece in until(self.style.stop, characters(self.model.piece(t) for t in tokens)):
@@ -74,13 +86,13 @@ def open_chat(
     """Load a GGUF for a conversation.
 
     format: of the prompt; None = the GGUF's own template. n_ctx: tokens; None = what the model was trained with, at most
-    MAX_CTX. threads: 0 = physical cores. Raises GgufError, PromptError, EngineError.
+    MAX_CTX. threads: 0 = what `cnq bench` chose, or physical cores. Raises GgufError, PromptError, EngineError.
     """
     file = GgufFile(gguf)
     style = style_of(file.fields, gguf, format)
     trained = file.fields.get(f"{file.arch}.context_length")
     trained = trained if isinstance(trained, int) else MAX_CTX
-    with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads) as model:
+    with Model(gguf, n_ctx=n_ctx or min(trained, MAX_CTX), n_threads=threads, tuned=best(gguf)) as model:
         yield Chat(model, style, system)
 
 

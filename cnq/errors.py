@@ -13,6 +13,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── EngineError             llama.cpp could not load or run the model
 │   └── Interrupted         somebody asked the model to stop
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
+├── OllamaError             Ollama does not answer, refuses a model, or could not read a Modelfile
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── OutputExists            the destination is there and --force was not given
 └── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
@@ -70,6 +71,10 @@ class Interrupted(EngineError):
 
 
 class CorpusError(CnqError):
+    pass
+
+
+class OllamaError(CnqError):
     pass
 
 

@@ -18,12 +18,13 @@ import numpy as np
 import psutil
 
 from .corpus import Chunks, Used
-from .engine.model import Model, physical_cores
+from .engine.model import Model
 from .errors import EngineError, NoSpace, listed
 from .files import decimal, replacing
 from .gguf_file import GgufFile
 from .imatrix import with_bos
 from .logits_file import LogitsFile, LogitsWriter, file_bytes, n_scored
+from .machine import physical_cores
 from .scores import Against, Estimate, Scores, against, log_sum_exp
 
 _BLOCK = 1 << 18  # logits scored at once: 1 MB of float32, which stays in a core's cache
@@ -98,7 +99,7 @@ def evaluate(
         def measure(chunk: int, contexts: Sequence[Model]) -> None:
             tokens = chunks.tokens[chunk]
             ids = with_bos(first, tokens)
-            found = [model.logits(ids, n_ctx // 2)[:-1] for model in contexts]
+            found = [model.logits_in_place(ids, n_ctx // 2)[:-1] for model in contexts]
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
                 targets = tokens[n_ctx // 2 + 1 :][rows]

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.filesize import decimal
 
 from .chat import MAX_CTX
 from .engine.model import Model
 from .errors import CnqError, NoSpace
 from .gguf_file import GgufFile
+from .machine import free_memory
+from .tuning import best
 
 CORES_OF_A_SLOT = 4  # with fewer, two answers at a time come no sooner than one after the other
 MOST_SLOTS = 4  # by default
@@ -201,14 +202,15 @@ def open_slots(
     """Load a GGUF with a context for each of `parallel` answers: the slots, and what the user should know.
 
     parallel: None = one for every CORES_OF_A_SLOT threads, at most MOST_SLOTS, and what fits into memory. n_ctx: tokens of
-    each; None = what the model was trained with, at most MAX_CTX. threads: of all together; 0 = physical cores.
+    each; None = what the model was trained with, at most MAX_CTX. threads: of all together; 0 = what `cnq bench`
+    chose, or physical cores.
     Raises GgufError, EngineError, NoSpace, and CnqError for a context longer than the model was trained with.
     """
     file = GgufFile(gguf)
     with ExitStack() as stack:
-        model = stack.enter_context(Model(gguf, n_ctx=_context(file, n_ctx), n_threads=threads))
+        model = stack.enter_context(Model(gguf, n_ctx=_context(file, n_ctx), n_threads=threads, tuned=best(gguf)))
         wanted = parallel or min(MOST_SLOTS, max(1, model.n_threads // CORES_OF_A_SLOT))
-        free = psutil.virtual_memory().available
+        free = free_memory()
         fitting = 1 + free // model.context_bytes
         if parallel and parallel > fitting:
             raise NoSpace(

@@ -3,8 +3,6 @@
 The model runs in a process of its own, so that the memory is that model's alone and a crash of native code becomes one error.
 """
 
-import platform
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -17,17 +15,9 @@ import psutil
 from .engine.child import Child, Tell, serve
 from .errors import EngineError
 from .gguf_file import GgufFile
+from .machine import physical_cores
 
 _SEED = 0  # the same prompt every time
-
-
-@dataclass(frozen=True)
-class Machine:
-    """cores: physical ones. memory: bytes."""
-
-    cpu: str
-    cores: int
-    memory: int
 
 
 @dataclass(frozen=True)
@@ -44,23 +34,6 @@ class Speed:
     n_prompt: int
     n_gen: int
     threads: int
-
-
-def this_machine() -> Machine:
-    return Machine(_cpu(), psutil.cpu_count(logical=False) or psutil.cpu_count() or 1, psutil.virtual_memory().total)
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    if sys.platform == "darwin":
-        with suppress(OSError):
-            named = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(named, capture_output=True, text=True).stdout.strip() or platform.machine()
-    return platform.processor() or platform.machine()
 
 
 def measure_speed(gguf: Path, *, n_prompt: int = 512, n_gen: int = 32, threads: int = 0) -> Speed:
@@ -89,7 +62,7 @@ def _measure(gguf: str, n_prompt: int, n_gen: int, threads: int) -> Speed:
     trained = file.fields.get(f"{file.arch}.context_length")
     if isinstance(trained, int) and trained > 1:
         n_prompt, n_gen = min(n_prompt, trained - 1), min(n_gen, trained - 1)  # room for the token after
-    n_threads = threads or psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    n_threads = threads or physical_cores()
     n_ctx = max(n_prompt, n_gen) + 1
     with Model(path, n_ctx=n_ctx, n_batch=n_prompt, n_threads=n_threads) as model:
         ids = np.random.default_rng(_SEED).integers(0, model.n_vocab, n_ctx).tolist()

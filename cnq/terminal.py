@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from .bench import Bench
     from .build import Built, Made
     from .catalog import Model
     from .choices import Choices
@@ -31,6 +32,15 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
     show(result)
     for note in getattr(result, "notes", ()):
         click.echo(f"note: {one_line(note)}", err=True)
+
+
+def emit_all(results: Sequence[Any], as_json: bool, show: Callable[[Any], object]) -> None:
+    """Print results of several inputs, each as `emit` does; as JSON, of one input its object, of several a list."""
+    if as_json and len(results) > 1:
+        click.echo(json.dumps(_plain(list(results)), ensure_ascii=False))
+        return
+    for result in results:
+        emit(result, as_json, show)
 
 
 def _plain(value: Any) -> Any:
@@ -190,6 +200,27 @@ def show_choices(found: list["Choices"]) -> None:
         click.echo(
             f"{c.path.name}: {c.accuracy:.2f} ± {c.error:.2f} % of {n} questions, {c.average:.2f} % by subject, {c.shots}-shot"
         )
+
+
+def show_bench(found: "Bench") -> None:
+    rows = []
+    for knob in found.knobs:
+        for i, o in enumerate(knob.options):
+            times = f"{o.ratio[0]:.2f} ({o.ratio[1]:.2f}–{o.ratio[2]:.2f})" if o.ratio else ""
+            first = (knob.name, knob.measure) if i == 0 else ("", "")
+            rows.append((*first, o.value, f"{o.rate:.1f}", times, "kept" if o.kept else ""))
+    table(("setting", "of", "", "tok/s", "times as fast", ""), rows)
+    drifts = [
+        (d.type_kv, "yes" if d.flash_attn else "no", f"{d.kld:.2g} ± {d.error:.1g}", f"{d.same_top:.1f} %")
+        for d in found.drifts
+    ]
+    table(("keys, values", "flash attention", "KLD", "same top"), drifts)
+    click.echo(
+        f"KLD: against attention in float32, on {found.n_compared} tokens of Chinese text; the first row is the yardstick"
+    )
+    for name, before, after in zip(("prompt", "answer"), found.before, found.after, strict=True):
+        click.echo(f"{name}: {before:.1f} tok/s as llama.cpp has it, {after:.1f} as tuned, in turns")
+    click.echo(f"{found.seconds:.0f} s; remembered in {found.record}" if found.record else f"{found.seconds:.0f} s")
 
 
 def show_page(serving: "Serving") -> None:

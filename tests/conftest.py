@@ -33,3 +33,9 @@ def gguf(tmp_path_factory) -> Callable[..., Path]:
 def wide_gguf(gguf) -> Path:
     """F16, rows of 256: every K-quant applies."""
     return gguf(hidden_size=256, intermediate_size=512)
+
+
+@pytest.fixture(autouse=True)
+def own_records(tmp_path_factory, monkeypatch) -> None:
+    """What `cnq bench` remembers for this machine's user is none of the tests' business."""
+    monkeypatch.setattr("cnq.tuning.user_dir", lambda kind: tmp_path_factory.getbasetemp() / "user" / kind)

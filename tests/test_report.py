@@ -18,13 +18,14 @@ from cnq.corpus import Source, Used, chunks
 from cnq.errors import OutputExists
 from cnq.evaluate import Measured, evaluate
 from cnq.imatrix import collect
+from cnq.machine import Machine
 from cnq.quantize import quantize
 from cnq.report import Report, Subject, write_report
 from cnq.report.card import MARKER
 from cnq.report.data import KLD_BOUND, choose, number, with_error
 from cnq.report.words import SCRIPT, TERMS
 from cnq.scores import Estimate
-from cnq.speed import Machine, Speed
+from cnq.speed import Speed
 
 TYPES = ("Q8_0", "Q4_K_M")
 VOID = {"meta", "br", "wbr", "link", "img", "input", "hr"}

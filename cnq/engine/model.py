@@ -4,15 +4,19 @@ import copy
 import ctypes
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import llama_cpp.llama_cpp as lib
 import numpy as np
-import psutil
 
 from ..errors import EngineError, GgufError, Interrupted, listed
-from ..gguf_file import F32, GgufFile
+from ..gguf_file import TYPE_BY_NAME, GgufFile
+from ..machine import physical_cores
+from ..prompts import token_text
+from ..tuning import PLAIN, Tuned
 from . import ggml
 from .sampler import Sampler, Sampling
 
@@ -45,14 +49,16 @@ class Model:
         path: Path,
         *,
         n_ctx: int = 0,
-        n_batch: int = 512,
+        n_batch: int = 0,
         n_threads: int = 0,
+        tuned: Tuned = PLAIN,
         exact: bool = False,
         watch: Callable[[ggml.Tensor, bool], bool] | None = None,
         stop: Callable[[], bool] | None = None,
     ):
-        """n_ctx: tokens; 0 = what the model was trained with. n_threads: 0 = physical cores.
+        """n_ctx: tokens; 0 = what the model was trained with. n_batch: tokens run at once; 0 = tuned.batch.
 
+        tuned: how to run it, e.g. tuning.best(path). n_threads: wins over tuned's; 0 = tuned's.
         exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
         watch: llama.cpp's evaluation callback. Asked (tensor, True) whether a result is wanted; shown it with False, it
         may return False to end the pass. What it raises comes out of the call that ran the pass.
@@ -65,16 +71,14 @@ class Model:
         self.fields = file.fields
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
-        params.use_extra_bufts = not _AMX
+        params.use_extra_bufts = tuned.repack and not _AMX
+        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP_MLOCK if tuned.mlock else lib.LLAMA_LOAD_MODE_AUTO
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise EngineError(f"llama.cpp cannot load {path}: {_complaint()}")
         context = lib.llama_context_default_params()
-        context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, n_batch, min(n_batch, 512)
-        context.n_threads = context.n_threads_batch = n_threads or physical_cores()
-        if exact:
-            context.type_k = context.type_v = F32.id
-            context.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context.n_ctx = n_ctx
+        _tune(context, replace(tuned, flash_attn=False, type_kv="F32") if exact else tuned, n_batch, n_threads)
         self._watch_error: BaseException | None = None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
@@ -84,8 +88,6 @@ class Model:
         self._params = context  # and what it refers to
         self._begin()
         self._vocab = lib.llama_model_get_vocab(self._model)
-        self.n_ctx = int(lib.llama_n_ctx(self._ctx))
-        self.n_batch = n_batch
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
@@ -101,13 +103,22 @@ class Model:
             raise EngineError(
                 f"llama.cpp cannot make room for a context of {self._params.n_ctx} tokens: {_complaint()} Try a smaller --ctx."
             )
+        self.n_ctx: int = int(lib.llama_n_ctx(self._ctx))
+        self.n_batch: int = int(self._params.n_batch)
+        self._batch: _Batch = _Batch(self.n_batch)
         self._memory: object = lib.llama_get_memory(self._ctx)
         self._seen: list[int] = []  # tokens whose keys and values are in the context
 
-    def fork(self) -> "Model":
-        """Another context on the same weights, to be used in another thread. Close it before this one."""
+    def fork(self, tuned: Tuned | None = None) -> "Model":
+        """Another context on the same weights, which may be used in another thread. Close it before this one.
+
+        tuned: how it runs, but for mlock and repack, which the weights have in common; None = as this one.
+        """
         twin = copy.copy(self)
         twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
+        if tuned:
+            twin._params = type(self._params).from_buffer_copy(self._params)  # what it refers to, this one holds
+            _tune(twin._params, tuned, 0, 0)
         twin._begin()
         return twin
 
@@ -117,7 +128,7 @@ class Model:
         twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
         twin._params = type(self._params).from_buffer_copy(self._params)
         twin._params.embeddings, twin._params.pooling_type = True, lib.LLAMA_POOLING_TYPE_NONE
-        twin.n_batch = twin._params.n_batch = twin._params.n_ubatch = 128  # llama.cpp keeps all logits of a batch beside them
+        twin._params.n_batch = twin._params.n_ubatch = 128  # llama.cpp keeps the logits of a whole batch beside them
         twin._begin()
         return twin
 
@@ -160,8 +171,7 @@ class Model:
 
     def token_text(self, name: str) -> str:
         """The text of a special token: bos, eos."""
-        id, tokens = self.fields.get(f"tokenizer.ggml.{name}_token_id"), self.fields["tokenizer.ggml.tokens"]
-        return tokens[id] if isinstance(id, int) and 0 <= id < len(tokens) else ""
+        return token_text(self.fields, name)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
@@ -171,21 +181,14 @@ class Model:
                 "token. Make the GGUF again from the model's own tokenizer."
             )
         raw = text.encode("utf-8", "surrogatepass")
-        room = len(raw) + 2
-        ids = (lib.llama_token * room)()
-        n = 0
-
-        def run() -> None:
-            nonlocal n
-            n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
-
-        if len(raw) > _DEEP and self.fields.get("tokenizer.ggml.model") == "gpt2":
-            _on_a_stack_of(_STACK * len(raw), run)
-        else:
-            run()
-        if n < 0:
-            raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
-        return list(ids[:n])
+        deep = len(raw) > _DEEP and self.fields.get("tokenizer.ggml.model") == "gpt2"
+        for room in (len(raw) + 2, 3 * len(raw) + 4):  # a space that is no token of its own becomes three bytes
+            ids = (lib.llama_token * room)()
+            arguments = (self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            n = _on_a_stack_of(_STACK * len(raw), lib.llama_tokenize, *arguments) if deep else lib.llama_tokenize(*arguments)
+            if n >= 0:
+                return list(ids[:n])
+        raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: possibly part of a character. Control tokens stand for nothing."""
@@ -217,6 +220,13 @@ class Model:
                 out[at : at + wanted] = np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (wanted, self.n_vocab))
         self._forget(0)
         return out
+
+    def logits_in_place(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """The same of at most n_batch tokens, where llama.cpp has them: valid until the next call, to be read only."""
+        self._forget(0)
+        self._decode(tokens, 0, len(tokens) - first)
+        self._forget(0)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (len(tokens) - first, self.n_vocab))
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Run a sequence of its own for the watcher alone; every token is computed through all layers."""
@@ -297,16 +307,7 @@ class Model:
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
-        batch = lib.llama_batch_init(len(tokens), 0, 1)
-        try:
-            batch.n_tokens = len(tokens)
-            for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i] = token, position + i
-                batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
-                batch.logits[i] = i >= len(tokens) - n_logits
-            status = lib.llama_decode(self._ctx, batch)
-        finally:
-            lib.llama_batch_free(batch)
+        status = lib.llama_decode(self._ctx, self._batch.filled(tokens, position, n_logits))
         if error := self._watch_error:
             self._watch_error = None
             raise error
@@ -336,20 +337,49 @@ class Model:
         del self._seen[keep:]
 
 
-def physical_cores() -> int:
-    return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+class _Batch:
+    """A llama_batch of one sequence, filled anew for every pass."""
+
+    def __init__(self, room: int):
+        self._token, self._pos, self._logits = ((kind * room)() for kind in (lib.llama_token, lib.llama_pos, ctypes.c_int8))
+        own = ctypes.pointer(lib.llama_seq_id(0))
+        n_seq_id, seq_id = (ctypes.c_int32 * room)(*[1] * room), (type(own) * room)(*[own] * room)
+        self._batch = lib.llama_batch(0, self._token, None, self._pos, n_seq_id, seq_id, self._logits)
+
+    def filled(self, tokens: Sequence[int], position: int, n_logits: int) -> object:
+        n = self._batch.n_tokens = len(tokens)
+        self._token[:n] = tokens
+        self._pos[:n] = range(position, position + n)
+        self._logits[:n] = bytes(n - n_logits) + b"\1" * n_logits
+        return self._batch
+
+
+def _tune(context: Any, tuned: Tuned, n_batch: int, n_threads: int) -> None:
+    """Put into llama.cpp's parameters of a context how it is to run."""
+    context.n_batch = n_batch or tuned.batch
+    context.n_ubatch = min(context.n_batch, tuned.batch)
+    context.n_threads = n_threads or tuned.threads or physical_cores()
+    context.n_threads_batch = n_threads or tuned.threads_batch or physical_cores()
+    where_it_can, never = lib.LLAMA_FLASH_ATTN_TYPE_AUTO, lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    context.flash_attn_type = where_it_can if tuned.flash_attn else never
+    context.type_k = context.type_v = TYPE_BY_NAME[tuned.type_kv].id
 
 
 def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
     path, fields, arch = file.path, file.fields, file.arch
-    for key, sound, expected in (
-        ("block_count", lambda n: n in range(1, 513), "1 to 512"),
-        ("rope.scaling.type", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
-        ("attention.layer_norm_rms_epsilon", lambda eps: isinstance(eps, float) and eps >= 0, "0 or more"),
+    experts = fields.get(f"{arch}.expert_count", 0)
+    chosen = range(1, experts + 1) if experts in range(1, 1025) else range(1)
+    epsilon = "attention.layer_norm_rms_epsilon"
+    for key, default, sound, expected in (
+        ("block_count", 1, range(1, 513).__contains__, "1 to 512"),
+        ("expert_count", 0, range(1025).__contains__, "0 to 1024"),
+        ("expert_used_count", 0, chosen.__contains__, f"{chosen[0]} to {chosen[-1]} of {experts} experts"),
+        ("rope.scaling.type", "none", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
+        (epsilon, 0.0, lambda value: isinstance(value, float) and value >= 0, "0 or more"),
     ):
-        value = fields.get(f"{arch}.{key}")
-        if value is not None and not sound(value):
+        value = fields.get(f"{arch}.{key}", default)
+        if not all(map(sound, value if isinstance(value, list) else [value])):  # a list has one for each layer
             raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
     tokens = fields.get("tokenizer.ggml.tokens", [])
     told = [str(t).partition("\0")[0] for t in tokens] if isinstance(tokens, list) else [""]  # as C reads them
@@ -365,12 +395,13 @@ def _bytes_without_token(file: GgufFile) -> list[str]:
     return [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known]
 
 
-def _on_a_stack_of(nbytes: int, run: Callable[[], None]) -> None:
-    """Run a function in a thread with so much stack; pages that it does not touch cost nothing."""
+def _on_a_stack_of(nbytes: int, function: Callable[..., int], *arguments: Any) -> int:
+    """Call a function in a thread with so much stack; pages that it does not touch cost nothing."""
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)))
     with _stack_size:
         before = threading.stack_size(nbytes + (1 << 20) & ~0xFFFF)
         try:
-            thread = threading.Thread(target=run)
             thread.start()
         except RuntimeError as error:
             raise EngineError(
@@ -379,6 +410,7 @@ def _on_a_stack_of(nbytes: int, run: Callable[[], None]) -> None:
         finally:
             threading.stack_size(before)
     thread.join()
+    return results[0]
 
 
 def _complaint() -> str:

@@ -10,8 +10,9 @@ from pathlib import Path
 from ..corpus import Used
 from ..evaluate import Measured
 from ..gguf_file import GgufFile, TensorInfo
+from ..machine import Machine
 from ..scores import Estimate
-from ..speed import Machine, Speed
+from ..speed import Speed
 
 # Nats. In llama.cpp's table for Llama 3 8B (tools/perplexity/README.md, revision f364eb6f) every mixture of K-quants with
 # 4 bits lies below it (Q4_K_S without imatrix: 0.043), every one with 3 bits above (Q3_K_L with imatrix: 0.073).

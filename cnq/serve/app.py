@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..answer import Ask, End, Piece, answer
 from ..chat import Style, prompt_tokens
-from ..engine.model import Model
+from ..engine.model import Model, Sampling
 from ..errors import CnqError, EngineError, Interrupted, PromptError
 from ..slots import Busy, Embedders, Put, Slots, Stopping, Turn
 from .protocol import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, parsed
@@ -125,23 +125,28 @@ class _Api:
         self._require(wanted.model)
         self._slots.require_place()
         messages = [message.plain() for message in wanted.messages]
-        self._require_room(sum(len(m["content"].encode()) for m in messages), "messages")
+        self._require_short(sum(len(m["content"].encode()) for m in messages), "bytes", "messages")
         prompt = await asyncio.to_thread(prompt_tokens, self._model, self._style, messages)
-        limit = wanted.max_completion_tokens or wanted.max_tokens
-        ask = await self._ask(wanted, prompt, "messages", limit, self._style.stop, wanted.scores, lstrip=True)
-        usage = wanted.stream_options.include_usage
-        return await self._answered(request, wanted, ask, ChatReply(self._name, len(prompt), self._model.piece, usage=usage))
+        self._require_short(len(prompt), "tokens", "messages")
+        ask = Ask(
+            prompt,
+            await self._sampling(wanted),
+            wanted.max_completion_tokens or wanted.max_tokens or self._model.n_ctx,
+            stop=(*self._style.stop, *wanted.stops),
+            end=self._style.end,
+            logprobs=wanted.scores,
+            lstrip=True,
+        )
+        return await self._answered(request, wanted, ask, ChatReply)
 
     async def completion(self, request: Request) -> Response:
         wanted = parsed(CompletionRequest, await _body(request))
         self._require(wanted.model)
         self._slots.require_place()
         prompt = await self._tokens(wanted.text, "prompt")
-        ask = await self._ask(wanted, prompt, "prompt", wanted.max_tokens, (), wanted.logprobs)
-        usage = wanted.stream_options.include_usage
-        return await self._answered(
-            request, wanted, ask, CompletionReply(self._name, len(prompt), self._model.piece, usage=usage)
-        )
+        limit = wanted.max_tokens or self._model.n_ctx
+        ask = Ask(prompt, await self._sampling(wanted), limit, stop=wanted.stops, logprobs=wanted.logprobs)
+        return await self._answered(request, wanted, ask, CompletionReply)
 
     async def embedding(self, request: Request) -> Response:
         wanted = parsed(EmbeddingRequest, await _body(request))
@@ -159,14 +164,15 @@ class _Api:
             raise ApiError(404, f"there is no model {name[:200]!r} here; {self._name!r} is served.", code="model_not_found",
                            param="model")  # fmt: skip
 
-    def _require_room(self, nbytes: int, param: str) -> None:
-        """Refuse what cannot fit, however it is cut into tokens, before that is tried: a megabyte takes seconds, or minutes."""
-        if nbytes > self._longest * self._model.n_ctx:
-            raise self._too_long(f"{nbytes} bytes", param)
+    def _require_short(self, size: int, unit: str, param: str) -> None:
+        """Refuse what does not fit into the context. unit: tokens, or bytes, before tokens are made of them.
 
-    def _too_long(self, size: str, param: str) -> ApiError:
-        told = f"this model's context is {self._model.n_ctx} tokens, and the prompt alone has {size}. Shorten it."
-        return ApiError(400, told, code="context_length_exceeded", param=param)
+        In bytes only what cannot fit however it is cut is refused; to make tokens of a megabyte takes seconds, or minutes.
+        """
+        n_ctx = self._model.n_ctx
+        if size >= (n_ctx if unit == "tokens" else self._longest * n_ctx):
+            told = f"this model's context is {n_ctx} tokens, and the prompt alone has {size} {unit}. Shorten it."
+            raise ApiError(400, told, code="context_length_exceeded", param=param)
 
     async def _tokens(self, text: str | list[int], param: str) -> list[int]:
         """Of a text that is no chat: with bos in front, once, and special tokens read as such."""
@@ -176,35 +182,26 @@ class _Api:
                 raise ApiError(400, f"there is no token {wrong[0]}.", code="invalid_value", param=param)
             tokens = text
         else:
-            self._require_room(len(text.encode("utf-8", "surrogatepass")), param)
+            self._require_short(len(text.encode("utf-8", "surrogatepass")), "bytes", param)
             text = text.removeprefix(model.token_text("bos")) if model.adds_bos else text
             tokens = await asyncio.to_thread(model.tokenize, text, add_special=True, parse_special=True)
         if not tokens:
             raise ApiError(400, "there is no text.", code="invalid_value", param=param)
-        if len(tokens) >= model.n_ctx:
-            raise self._too_long(f"{len(tokens)} tokens", param)
+        self._require_short(len(tokens), "tokens", param)
         return tokens
 
-    async def _ask(
-        self,
-        wanted: Wanted,
-        prompt: list[int],
-        param: str,
-        limit: int | None,
-        stop: tuple[str, ...],
-        scores: int | None,
-        lstrip: bool = False,
-    ) -> Ask:
-        if len(prompt) >= self._model.n_ctx:
-            raise self._too_long(f"{len(prompt)} tokens", param)
+    async def _sampling(self, wanted: Wanted) -> Sampling:
         try:
             sampling = await asyncio.to_thread(wanted.sampling, self._style.sampling, self._model.n_vocab)
             await asyncio.to_thread(self._model.check, sampling)
         except EngineError as error:
             raise ApiError(400, str(error), code="invalid_value", param="response_format") from error
-        return Ask(prompt, sampling, limit or self._model.n_ctx, (*stop, *wanted.stops), scores, lstrip)
+        return sampling
 
-    async def _answered(self, request: Request, wanted: Wanted, ask: Ask, reply: Reply) -> Response:
+    async def _answered(self, request: Request, wanted: Wanted, ask: Ask, kind: type[Reply]) -> Response:
+        usage = wanted.stream_options.include_usage
+        reply = kind(self._name, len(ask.prompt), self._model.piece, usage=usage)
+
         def work(model: Model, put: Put) -> None:
             for part in answer(model, ask, self._slots.threads):
                 put(part)

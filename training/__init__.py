@@ -1,0 +1,1 @@
+"""From base weights, LoRAs and text to the checkpoint that cnq converts."""
