@@ -492,6 +492,48 @@ def chat(gguf: Path, prompt: str | None, session: Path | None, no_prompt_cache: 
             terminal.show_answer(kept, kept.chat.ask(prompt))
 
 
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; other machines need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free one.")
+@click.option("--api-key", envvar="CNQ_API_KEY", show_envvar=True, help="Refuse requests without it; other users see options.")
+@click.option("--parallel", type=click.IntRange(1, 64), help="Answers at a time.  [default: one for every 4 cores, at most 4]")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="More requests that may wait; then 429.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Tokens of each answer's context.  [default: as for chat]")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Web page that may ask, e.g. http://localhost:3000; repeatable.")
+@FORMAT
+@THREADS
+@JSON
+def serve(gguf: Path, as_json: bool, **options: Any) -> None:
+    """Serve a GGUF to OpenAI's clients: chat completions, completions, embeddings, models, health.
+
+    \b
+    cnq serve model-Q4_K_M.gguf
+    CNQ_API_KEY=... cnq serve model-Q4_K_M.gguf --host 0.0.0.0 --parallel 2
+    """
+    from .serve import serve
+
+    serve(gguf, ready=lambda serving: terminal.emit(serving, as_json, terminal.show_serving), **options)
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 = any free one.")
+@FORMAT
+@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Context in tokens.  [default: as for chat]")
+@THREADS
+@JSON
+def web(gguf: Path, as_json: bool, **options: Any) -> None:
+    """Talk with a GGUF on a page in the browser, on this machine only; Ctrl-C ends it. Needs `pip install 'cnq[web]'`.
+
+    \b
+    cnq web model-Q4_K_M.gguf
+    """
+    from .web import serve_page
+
+    serve_page(gguf, ready=lambda serving: terminal.emit(serving, as_json, terminal.show_page), **options)
+
+
 def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:
     """What makes chunks of the texts named, or of the default corpus, with a model's own tokenizer and prompt format."""
     from . import corpus, prompts

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .imatrix_stats import Statistics
     from .inspection import Inspected
     from .quantize import Plan
+    from .serve import Serving
     from .sessions import Session
 
 
@@ -221,6 +222,16 @@ def show_bench(found: "Bench") -> None:
     for name, before, after in zip(("prompt", "answer"), found.before, found.after, strict=True):
         click.echo(f"{name}: {before:.1f} tok/s as llama.cpp has it, {after:.1f} as tuned, in turns")
     click.echo(f"{found.seconds:.0f} s; remembered in {found.record}" if found.record else f"{found.seconds:.0f} s")
+
+
+def show_page(serving: "Serving") -> None:
+    click.echo(f"{serving.model}: open {serving.url}  Ctrl-C ends it")
+
+
+def show_serving(serving: "Serving") -> None:
+    at_a_time = "one answer" if serving.slots == 1 else f"{serving.slots} answers"
+    click.echo(f"{serving.model}: {at_a_time} at a time, {serving.queue} more may wait, {serving.n_ctx} tokens of context")
+    click.echo(f"{serving.url}/v1  Ctrl-C ends it")
 
 
 def stream(pieces: Iterator[str]) -> None:

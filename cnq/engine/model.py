@@ -4,8 +4,9 @@ import copy
 import ctypes
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import compress, count
 from operator import ne
@@ -24,6 +25,7 @@ from ..machine import physical_cores
 from ..prompts import token_text
 from ..tuning import PLAIN, Tuned
 from . import ggml, state
+from .sampler import Sampler, Sampling
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
 
@@ -41,18 +43,9 @@ lib.llama_backend_init()
 _AMX = b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 = always the likeliest token. min_p: least probability, of the likeliest's. repeat_last_n: how many tokens
-    repeat_penalty looks back."""
-
-    temperature: float = 0.2
-    top_k: int = 40
-    top_p: float = 0.9
-    min_p: float = 0.0
-    repeat_penalty: float = 1.1
-    repeat_last_n: int = 64
-    seed: int = 0xFFFFFFFF  # llama.cpp's word for a random one
+_DEEP = 4096  # bytes of text from which on a tokenizer of regular expressions may need more stack than a thread has
+_STACK = 512  # bytes of stack for each byte of text: std::regex recurses, and 160 to 330 were seen
+_stack_size = threading.Lock()  # threading knows one size, for all threads to come
 
 
 class Model:
@@ -96,11 +89,9 @@ class Model:
         self._watch_error: BaseException | None = None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
-        self._flag = ggml.Flag()
+        self._flag = None if stop else ggml.Flag()
         if stop:
             context.abort_callback = lib.ggml_abort_callback(lambda user_data: stop())
-        else:
-            self._flag.give_to(context)
         self._params = context  # and what it refers to
         self._begin()
         self._vocab = lib.llama_model_get_vocab(self._model)
@@ -111,6 +102,8 @@ class Model:
 
     def _begin(self) -> None:
         """An empty context for the weights."""
+        if self._flag:
+            self._flag.give_to(self._params)
         self._ctx = lib.llama_init_from_model(self._model, self._params)
         if not self._ctx:
             self.close()
@@ -129,12 +122,36 @@ class Model:
         tuned: how it runs, but for mlock and repack, which the weights have in common; None = as this one.
         """
         twin = copy.copy(self)
-        twin._ctx, twin._forked = None, True
+        twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
         if tuned:
             twin._params = type(self._params).from_buffer_copy(self._params)  # what it refers to, this one holds
             _tune(twin._params, tuned, 0, 0)
         twin._begin()
         return twin
+
+    def embedder(self) -> "Model":
+        """A fork whose passes give hidden states: for `embedding`."""
+        twin = copy.copy(self)
+        twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
+        twin._params = type(self._params).from_buffer_copy(self._params)
+        twin._params.embeddings, twin._params.pooling_type = True, lib.LLAMA_POOLING_TYPE_NONE
+        twin._params.n_batch = twin._params.n_ubatch = 128  # llama.cpp keeps the logits of a whole batch beside them
+        twin._begin()
+        return twin
+
+    def interrupt(self) -> None:
+        """From any thread: have the pass that runs now, or the next one, raise Interrupted. Until `resume`."""
+        assert self._flag
+        self._flag.set(True)
+
+    def resume(self) -> None:
+        assert self._flag
+        self._flag.set(False)
+
+    @property
+    def n_threads(self) -> int:
+        """Threads it was made to compute in."""
+        return int(self._params.n_threads)
 
     def close(self) -> None:
         if self._ctx:
@@ -171,9 +188,11 @@ class Model:
                 "token. Make the GGUF again from the model's own tokenizer."
             )
         raw = text.encode("utf-8", "surrogatepass")
+        deep = len(raw) > _DEEP and self.fields.get("tokenizer.ggml.model") == "gpt2"
         for room in (len(raw) + 2, 3 * len(raw) + 4):  # a space that is no token of its own becomes three bytes
             ids = (lib.llama_token * room)()
-            n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            arguments = (self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            n = _on_a_stack_of(_STACK * len(raw), lib.llama_tokenize, *arguments) if deep else lib.llama_tokenize(*arguments)
             if n >= 0:
                 return list(ids[:n])
         raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
@@ -224,9 +243,31 @@ class Model:
             self._decode(part, start, len(part))
         self._forget(0)
 
+    def embedding(self, tokens: Sequence[int]) -> np.ndarray:
+        """(hidden size,) float32 of length 1: the mean of the last layer's states over the tokens; of an `embedder` only.
+
+        A sequence of its own. Raises EngineError when it does not fit into the context, and Interrupted.
+        """
+        if not tokens or len(tokens) > self.n_ctx:
+            raise EngineError(f"the text has {len(tokens)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
+        self._forget(0)
+        width = int(lib.llama_model_n_embd(self._model))
+        total = np.zeros(width)
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            self._decode(part, start, len(part))
+            total += np.ctypeslib.as_array(lib.llama_get_embeddings(self._ctx), (len(part), width)).sum(0, dtype=np.float64)
+        self._forget(0)
+        return np.asarray(total / (np.linalg.norm(total) or 1), np.float32)
+
     def next_logits(self, prompt: Sequence[int]) -> np.ndarray:
         """(n_vocab,) float32, valid until the next call. What the prompt has in common with the last is not computed again."""
         self._go_on(prompt)
+        return self.last_logits()
+
+    def last_logits(self) -> np.ndarray:
+        """(n_vocab,) float32, valid until the next pass: of the token after the last one. While `generate` waits after a
+        token, what that token was drawn from."""
         return np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, -1), (self.n_vocab,))
 
     def _go_on(self, prompt: Sequence[int]) -> None:
@@ -254,13 +295,6 @@ class Model:
         self._forget(common)
         for start in range(common, len(tokens), self.n_batch):
             self._decode(tokens[start : start + self.n_batch], start, 0)
-
-    def interrupt(self) -> None:
-        """From any thread: have the pass that runs now, or the next one, raise Interrupted. Until `resume`."""
-        self._flag.set(True)
-
-    def resume(self) -> None:
-        self._flag.set(False)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -308,26 +342,28 @@ class Model:
         self._seen = tokens
         return len(tokens)
 
+    def check(self, sampling: Sampling) -> None:
+        """Raise EngineError for a grammar that `generate` could not follow."""
+        Sampler(sampling, self._vocab, self.n_vocab, ()).close()
+
     def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
         """Yield the tokens of an answer, without the one that ends it.
 
         What the prompt has in common with the last one is not computed again. Ends when the context is full.
-        Raises EngineError when the prompt leaves no room for an answer.
+        Raises EngineError when the prompt leaves no room for an answer, or no token follows the grammar; Interrupted.
         """
-        self._go_on(prompt)
-        sampler = _sampler(sampling, self.n_vocab)
+        sampler = Sampler(sampling, self._vocab, self.n_vocab, prompt)
         try:
-            for token in prompt[-sampling.repeat_last_n :]:
-                lib.llama_sampler_accept(sampler, token)
+            self._go_on(prompt)
             for _ in range(min(max_tokens, self.n_ctx - len(prompt))):
-                token = int(lib.llama_sampler_sample(sampler, self._ctx, -1))
+                token = sampler.draw(self._ctx)
                 if self.ends(token):
                     return
                 yield token
                 if len(self._seen) < self.n_ctx:
                     self._decode([token], len(self._seen), 1)
         finally:
-            lib.llama_sampler_free(sampler)
+            sampler.close()
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
@@ -335,7 +371,7 @@ class Model:
         if error := self._watch_error:
             self._watch_error = None
             raise error
-        if status == 2:  # aborted; what the pass had done of these tokens is forgotten
+        if status == 2 and self._flag:  # aborted; what the pass had done of these tokens is forgotten
             raise Interrupted("the model was asked to stop.")
         if status:
             raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
@@ -419,22 +455,22 @@ def _bytes_without_token(file: GgufFile) -> list[str]:
     return [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known]
 
 
-def _sampler(sampling: Sampling, n_vocab: int) -> object:
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    if sampling.repeat_penalty != 1:
-        lib.llama_sampler_chain_add(
-            chain, lib.llama_sampler_init_penalties(n_vocab, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0)
-        )
-    if sampling.temperature <= 0:
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
-        return chain
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
-    if sampling.min_p > 0:
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_min_p(sampling.min_p, 1))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(sampling.seed))
-    return chain
+def _on_a_stack_of(nbytes: int, function: Callable[..., int], *arguments: Any) -> int:
+    """Call a function in a thread with so much stack; pages that it does not touch cost nothing."""
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)))
+    with _stack_size:
+        before = threading.stack_size(nbytes + (1 << 20) & ~0xFFFF)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise EngineError(
+                f"there is no room for a stack of {nbytes} bytes to tokenize so long a text. Shorten it."
+            ) from error
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return results[0]
 
 
 def _complaint() -> str:
