@@ -147,6 +147,8 @@ class Chat:
                 if piece:
                     yield piece
             full = tokens.n >= self.model.n_ctx - len(prompt)
+            if full:
+                self.notes.append("the context is full. Ask to go on: the oldest turns are forgotten then.")
             ended = "context" if full else "length" if tokens.n >= self.max_tokens else "end"
         except Interrupted:
             pass

@@ -4,26 +4,34 @@ import fcntl
 import os
 import pty
 import re
-import signal
 import struct
+import subprocess
+import sys
 import termios
 import threading
 import time
 from pathlib import Path
 
 ESCAPES = re.compile(r"\x1b(\[[0-9;?]*[A-Za-z]|\][^\x07]*\x07|[=>])")
+# In a process of its own: to fork one that has threads, as the tests do, is asking for a deadlock.
+_BEGIN = (
+    "import fcntl, os, sys, termios; os.setsid(); fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execvp(sys.argv[1], sys.argv[1:])"
+)
 
 
 class PseudoTerminal:
     """Use it in a `with`; the program is killed at its end if it still runs."""
 
     def __init__(self, *argv: str | Path, columns: int = 80, rows: int = 24, **environment: str):
-        self.pid, self.fd = pty.fork()
-        if not self.pid:
-            os.execvpe(str(argv[0]), [str(a) for a in argv], os.environ | {"TERM": "xterm-256color"} | environment)
+        self.fd, inner = pty.openpty()
         self.resize(columns, rows)
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _BEGIN, *map(str, argv)],
+            stdin=inner, stdout=inner, stderr=inner, env=os.environ | {"TERM": "xterm-256color"} | environment,
+        )  # fmt: skip
+        os.close(inner)
         self.raw = b""
-        self.status: int | None = None
+        self._seen = 0
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
@@ -43,9 +51,8 @@ class PseudoTerminal:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.status is None:
-            os.kill(self.pid, signal.SIGKILL)
-            os.waitpid(self.pid, 0)
+        self._child.kill()
+        self._child.wait()
         self._reader.join(2)
         os.close(self.fd)
 
@@ -64,19 +71,15 @@ class PseudoTerminal:
         """The text so far, once it has the pattern in it; later calls look behind what was found."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
-            if match := re.compile(pattern).search(self.text, getattr(self, "_seen", 0)):
+            if match := re.compile(pattern).search(self.text, self._seen):
                 self._seen = match.end()
                 return self.text
             time.sleep(0.02)
         raise AssertionError(f"{pattern!r} did not appear in:\n{self.text[-3000:]}")
 
     def end(self, seconds: float = 30) -> int:
-        """Wait for the program's end: its exit code, or the signal that ended it, negative."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.status = os.waitstatus_to_exitcode(status)
-                return self.status
-            time.sleep(0.02)
-        raise AssertionError(f"it still runs:\n{self.text[-3000:]}")
+        """Wait for the program's end: its exit code."""
+        try:
+            return self._child.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"it still runs:\n{self.text[-3000:]}") from None

@@ -183,6 +183,7 @@ def test_how_an_answer_ended(chat):
     chat.max_tokens = 1000
     list(chat.ask("一" * 20))
     assert chat.last.ended == "context" and chat.last.n_tokens == 256 - chat.last.n_prompt
+    assert chat.notes == ["the context is full. Ask to go on: the oldest turns are forgotten then."]
     chat.reset()
     answer = chat.ask("你好")
     first = next(answer)
@@ -258,6 +259,12 @@ def test_a_context_longer_than_trained_is_warned_of(gguf):
 def test_what_cannot_be_is_refused(gguf, arguments, saying):
     result = CliRunner().invoke(cli, ["chat", str(gguf(vocab="spm-added")), *arguments], input="")
     assert result.exit_code and all(word in result.output for word in saying), result.output
+
+
+def test_a_question_of_a_megabyte_is_refused_with_its_size(gguf):
+    arguments = ["chat", str(gguf(vocab="spm-added")), "--max-tokens", "2"]
+    result = CliRunner().invoke(cli, arguments, input="量化" * 180_000 + "\n")
+    assert result.exit_code == 1 and "the context 512. Shorten it" in result.output and len(result.output) < 300
 
 
 def test_a_model_without_template_asks_for_a_format(gguf):

@@ -14,6 +14,8 @@ from pseudo_terminal import PseudoTerminal
 
 PROMPT = r"\d+/\d+ [▓░]+ \d+ %(?: · [\d.]+ tok/s)?\s*$"  # the toolbar, which is drawn last
 
+WRITING = r"%(?: · [\d.]+ tok/s)? · Ctrl-C stops"  # and not reading the prompt any more
+
 
 @pytest.fixture
 def start(gguf, tmp_path):
@@ -76,7 +78,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(start, tmp_path):
     file = tmp_path / "talk.json"
     chat = start("--session", file, "--max-tokens", "16000")
     chat.send("量化\r")
-    chat.wait("Ctrl-C stops")
+    chat.wait(WRITING)
     time.sleep(0.5)
     chat.send("\x03")
     chat.wait("stopped\\.", 5)
@@ -97,14 +99,14 @@ def test_what_is_typed_and_pasted_meanwhile_is_the_next_question(start, tmp_path
     file = tmp_path / "talk.json"
     chat = start("--session", file, "--max-tokens", "3000")
     chat.send("量化\r")
-    chat.wait("Ctrl-C stops")
+    chat.wait(WRITING)
     chat.send("\x1b[200~床前\r明月光\x1b[201~")
     time.sleep(0.3)
     assert "明月光" not in chat.text, "it is not shown within the answer"
     chat.send("\x03")
     chat.wait("明月光")
     chat.send("\r")
-    chat.wait("Ctrl-C stops")
+    chat.wait(WRITING)
     time.sleep(0.3)
     chat.send("\x03")
     chat.wait(PROMPT)
@@ -127,7 +129,7 @@ def test_a_paste_of_a_megabyte_is_named_and_refused_with_its_size(start):
 def test_a_window_that_changes_its_size_meanwhile(start):
     chat = start("--max-tokens", "4000")
     chat.send("量化\r")
-    chat.wait("Ctrl-C stops")
+    chat.wait(WRITING)
     for columns, rows in ((40, 10), (20, 4), (120, 40), (80, 24)):
         chat.resize(columns, rows)
         time.sleep(0.15)

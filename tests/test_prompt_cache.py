@@ -11,6 +11,7 @@ from cnq import prompt_cache
 from cnq.chat import open_chat
 from cnq.engine.model import Model
 from cnq.errors import CnqError, EngineError, Interrupted, SessionError
+from cnq.files import user_dir
 
 TOKENS = list(range(3, 303))
 LEAST = prompt_cache.LEAST
@@ -217,3 +218,13 @@ def test_two_at_once_do_no_harm(path, tmp_path):
         assert prompt_cache.restore(models[0], TOKENS[:n], tmp_path) == n
     for model in models:
         model.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="XDG is of Unix")
+def test_where_the_users_things_are(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert user_dir("cache") == tmp_path / "cnq"
+    monkeypatch.setenv("XDG_CACHE_HOME", "relative")  # to be ignored, says the specification
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    assert user_dir("cache") == tmp_path / ".cache" / "cnq" and user_dir("state") == tmp_path / ".local" / "state" / "cnq"

@@ -84,7 +84,8 @@ class Talk:
         model = self.chat.model
         try:
             with self._editor.kept_typing() as fetch, arriving(pieces, model.interrupt) as coming:
-                show = self._write if self.console.is_dumb_terminal else self._draw
+                plain = self.console.is_dumb_terminal or self.console.legacy_windows
+                show = self._write if plain else self._draw
                 show(fetch() or piece for piece in coming)
         finally:
             model.resume()
@@ -135,12 +136,12 @@ class Talk:
             "end": [] if last.n_tokens else ["the model answered nothing."],
             "stopped": ["stopped."],
             "length": [f"stopped at max_tokens={self.chat.max_tokens}. Ask to go on, or set more: /params max_tokens=…"],
-            "context": ["the context is full. Ask to go on: the oldest turns are forgotten then; or /reset."],
+            "context": [],  # Chat has a note of it
         }[last.ended]
 
     def _notes(self) -> list[str]:
-        notes, self.chat.notes = self.chat.notes, []
-        return notes
+        waiting = self.chat.notes  # another thread may add to it
+        return [waiting.pop(0) for _ in range(len(waiting))]
 
     def _say(self, *texts: str, style: str = "") -> None:
         for text in texts:
