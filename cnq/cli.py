@@ -17,7 +17,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
-FORMAT = click.option("--format", help="Prompt format: alpaca, llama-2, llama-3 or chatml. Default: the GGUF's own template.")
+FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 
 class Command(click.Command):
@@ -66,6 +66,7 @@ def _prepare() -> None:
 @cli.command()
 @click.argument("model")
 @click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True, help="Quantization; repeatable.")
+@click.option("--lora", "loras", multiple=True, help="Adapter to merge into MODEL, directory or hub id; repeatable, in order.")
 @click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
 @FORMAT
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
@@ -82,6 +83,8 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
     \b
     cnq build tiny
     cnq build 7b -t Q4_K_M -t Q8_0 --out /data/alpaca
+    cnq build 7b-plus                                LLaMA + Chinese-LLaMA-Plus + Chinese-Alpaca-Plus
+    cnq build 7b --lora my-adapter/
     cnq build ./my-merged-model --format llama-2
     """
     from .build import build
@@ -92,9 +95,9 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
         from .chat import open_chat
 
         question = prompt or result.question
-        with open_chat(result.result, format=options["format"], threads=options["threads"]) as talk:
+        with open_chat(result.result, format=options["format"], threads=options["threads"], max_tokens=256) as talk:
             click.echo(f"\n>>> {question}")
-            terminal.stream(talk.ask(question, max_tokens=256))
+            terminal.stream(talk.ask(question))
 
 
 @cli.command()
@@ -117,14 +120,19 @@ def models(as_json: bool) -> None:
               help="Of the matrices; auto = the checkpoint's.")  # fmt: skip
 @click.option("--name", help="general.name.  [default: from the model card or the directory]")
 @click.option("--format", help="Prompt format to write when the checkpoint has no chat template: alpaca, llama-2, …")
+@click.option("--lora", "loras", type=FILE, multiple=True, help="Adapter to merge on the way; repeatable, in order.")
 @FORCE
 @JSON
 def convert(as_json: bool, **options: Any) -> None:
-    """Write the checkpoint SRC (Hugging Face directory, or a GGUF) as the float GGUF DST.
+    """Write the checkpoint SRC as the float GGUF DST.
+
+    SRC is a Hugging Face directory, one with Meta's consolidated.*.pth and params.json, or a GGUF.
 
     \b
     cnq convert chinese-alpaca-2-7b/ a2-f16.gguf --dtype f16
+    cnq convert llama/13B llama-13b.gguf
     cnq convert my-sft-model/ my.gguf --format llama-2
+    cnq convert chinese-alpaca-2-7b/ my.gguf --lora my-adapter/
     """
     from .convert import convert
 
@@ -133,6 +141,29 @@ def convert(as_json: bool, **options: Any) -> None:
     terminal.emit(result, as_json, lambda r: click.echo(
         f"{r.path}: {r.arch}, {r.dtype}, {r.n_tensors} tensors, {r.n_params:,} weights, {r.n_vocab} tokens, "
         f"{terminal.size(r.nbytes)} in {r.seconds:.1f} s"
+    ))  # fmt: skip
+
+
+@cli.command("convert-lora")
+@click.argument("src", type=FILE)
+@click.argument("dst", type=FILE)
+@click.option("--base", type=FILE, required=True, help="The checkpoint that the adapter was trained on.")
+@click.option("--dtype", type=click.Choice(["f32", "f16", "bf16", "q8_0"]), default="f32", show_default=True)
+@FORCE
+@JSON
+def convert_lora_command(as_json: bool, **options: Any) -> None:
+    """Write the LoRA adapter SRC as the GGUF DST, which llama.cpp and Ollama lay over the base's GGUF at run time.
+
+    Only for adapters of low-rank changes and nothing else; others have to be merged: cnq convert --lora.
+
+    \b
+    cnq convert-lora my-adapter/ my-adapter.gguf --base chinese-alpaca-2-7b/
+    """
+    from .convert_lora import convert_lora
+
+    terminal.emit(convert_lora(**options), as_json, lambda r: click.echo(
+        f"{r.path}: {r.arch}, {r.dtype}, {r.n_modules} matrices, alpha {r.alpha:g}, {terminal.size(r.nbytes)} "
+        f"in {r.seconds:.1f} s"
     ))  # fmt: skip
 
 
@@ -286,19 +317,25 @@ def evaluate(
 @click.argument("src", type=FILE)
 @click.argument("dst", type=FILE)
 @click.option("--dtype", type=click.Choice(["auto", "f16", "bf16", "f32"]), default="auto", show_default=True,
-              help="auto = the GGUF's; f16 when it is quantized.")  # fmt: skip
+              help="auto = every tensor as it is; what is quantized becomes f16.")  # fmt: skip
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of one safetensors file.")
 @FORCE
 @JSON
-def to_hf_command(as_json: bool, **options: Any) -> None:
-    """Write the GGUF SRC as the Hugging Face checkpoint DST, a directory.
+def to_hf_command(as_json: bool, max_shard_size: str, **options: Any) -> None:
+    """Write the checkpoint SRC as the Hugging Face checkpoint DST, a directory.
+
+    SRC is a GGUF, a directory with Meta's consolidated.*.pth and params.json, or a Hugging Face directory.
 
     \b
     cnq to-hf model.gguf model-hf/
+    cnq to-hf llama/13B llama-13b-hf/ --max-shard-size 2GB
     """
+    from .files import byte_size
     from .to_hf import to_hf
 
+    size = byte_size(max_shard_size)
     with terminal.Progress(quiet=as_json).bar("restoring", "bytes") as progress:
-        result = to_hf(progress=progress, **options)
+        result = to_hf(max_shard_bytes=size, progress=progress, **options)
     lossy = lambda r: f"; {r.decoded} were quantized, and stay as exact as that" if r.decoded else ""  # noqa: E731
     terminal.emit(result, as_json, lambda r: click.echo(
         f"{r.path}/: {r.arch}, {r.dtype}, {r.n_tensors} tensors{lossy(r)}, {terminal.size(r.nbytes)} in {r.seconds:.1f} s"
@@ -366,63 +403,135 @@ def bench(gguf: Path, as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
-@click.argument("gguf", type=FILE)
-@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF]")
+@click.argument("ggufs", nargs=-1, required=True, type=FILE, metavar="GGUF...")
+@click.option("-o", "--output", type=FILE, help="[default: Modelfile beside the GGUF; of several, <GGUF>.Modelfile]")
+@click.option("--create", "name", metavar="NAME", help="Make the model in a running Ollama instead; several differ by tag.")
+@click.option("--host", metavar="URL", help="Where that Ollama is.  [default: $OLLAMA_HOST, or this machine]")
 @FORMAT
-@FORCE
+@click.option("--force", is_flag=True, help="Replace the Modelfile; create also where the disk may be too small.")
 @JSON
-def ollama(gguf: Path, output: Path | None, format: str | None, force: bool, as_json: bool) -> None:
-    """Write the Modelfile that makes a GGUF an Ollama model.
+def ollama(
+    ggufs: Sequence[Path],
+    output: Path | None,
+    name: str | None,
+    host: str | None,
+    format: str | None,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write the Modelfile that makes a GGUF an Ollama model, or make the model at once.
 
     \b
     cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf
     ollama create my-model -f models/tiny/Modelfile
+    cnq ollama models/tiny/SmolLM2-135M-Instruct-Q4_K_M.gguf --create my-model
     """
+    if output and (name or len(ggufs) > 1):
+        raise click.UsageError("--output names the Modelfile of one GGUF.")
+    if host and not name:
+        raise click.UsageError("--host needs --create.")
+    if name:
+        from .ollama.create import create, names
+
+        made: list[Any] = []
+        shown = terminal.Progress(quiet=as_json)
+        for gguf, called in zip(ggufs, names(name, ggufs), strict=True):
+            with shown.bar(f"to Ollama: {called}", "bytes") as progress:
+                made.append(
+                    create(gguf, called, host=host, format=format, force=force, progress=progress, say=shown.say),
+                )
+        terminal.emit_all(made, as_json, lambda r: click.echo(f"{r.name}: ollama run {r.name}"))
+        return
     from .ollama import write_modelfile
 
-    result = write_modelfile(gguf, output or gguf.parent / "Modelfile", format=format, force=force)
-    terminal.emit(result, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
+    alone = len(ggufs) == 1
+    written = []
+    for gguf in ggufs:
+        dst = output or gguf.with_name("Modelfile" if alone else f"{gguf.stem}.Modelfile")
+        written.append(write_modelfile(gguf, dst, format=format, force=force))
+    terminal.emit_all(written, as_json, lambda r: click.echo(f"{r.path}: prompt format {r.format or 'left to the GGUF'}"))
 
 
 @cli.command()
 @click.argument("gguf", type=FILE)
 @click.option("--prompt", help="Ask this, print the answer, and end.")
 @click.option("--system", help="What the model is told first.")
+@click.option("--session", type=FILE, help="Go on with the conversation in this file, or begin it; it is kept there.")
 @FORMAT
-@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Context in tokens.  [default: the model's, at most 4096]")
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of one answer.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(64),
+              help="Context in tokens.  [default: the model's, at most 4096, and what the memory holds]")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(1), help="Of one answer.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0), help="0 = always the likeliest.  [default: the authors' setting]")
+@click.option("--no-prompt-cache", is_flag=True, help="Do not keep the computed system text for the next start.")
 @THREADS
 @JSON
-def chat(gguf: Path, prompt: str | None, as_json: bool, max_tokens: int, temperature: float | None, **options: Any) -> None:
-    """Talk with a GGUF in the terminal; Ctrl-C stops an answer, Ctrl-D ends the conversation.
+def chat(gguf: Path, prompt: str | None, session: Path | None, no_prompt_cache: bool, as_json: bool, **options: Any) -> None:
+    """Talk with a GGUF in the terminal; Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.
 
     \b
     cnq chat model-Q4_K_M.gguf
+    cnq chat model-Q4_K_M.gguf --session trip.json
     cnq chat model-Q4_K_M.gguf --prompt 用一句话解释什么是量化
     """
-    from .chat import converse, open_chat
+    from .chat import converse
+    from .sessions import opened
 
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt.")
-    with open_chat(gguf, **options) as talk:
-        if prompt is None:
-            converse(talk, _question(), terminal.stream, max_tokens, temperature)
+    with opened(gguf, session, cached=not no_prompt_cache, **options) as kept:
+        if prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+            from .chat_terminal.talk import talk
+
+            talk(kept)
+        elif prompt is None:
+            converse(kept.chat, input, lambda pieces: terminal.show_answer(kept, pieces))
         elif as_json:
-            answer = "".join(talk.ask(prompt, max_tokens, temperature))
-            terminal.emit({"prompt": prompt, "answer": answer}, True, click.echo)
+            answer = "".join(kept.chat.ask(prompt))
+            terminal.emit({"prompt": prompt, "answer": answer, "how": kept.chat.last}, True, click.echo)
         else:
-            terminal.stream(talk.ask(prompt, max_tokens, temperature))
+            terminal.show_answer(kept, kept.chat.ask(prompt))
 
 
-def _question() -> Callable[[], str]:
-    """What reads the user's next question: a line editor that knows wide characters; on a pipe, plain lines."""
-    if not sys.stdin.isatty():
-        return input
-    from prompt_toolkit import PromptSession
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; other machines need a key.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 = any free one.")
+@click.option("--api-key", envvar="CNQ_API_KEY", show_envvar=True, help="Refuse requests without it; other users see options.")
+@click.option("--parallel", type=click.IntRange(1, 64), help="Answers at a time.  [default: one for every 4 cores, at most 4]")
+@click.option("--queue", type=click.IntRange(0), default=64, show_default=True, help="More requests that may wait; then 429.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Tokens of each answer's context.  [default: as for chat]")
+@click.option("--cors", multiple=True, metavar="ORIGIN", help="Web page that may ask, e.g. http://localhost:3000; repeatable.")
+@FORMAT
+@THREADS
+@JSON
+def serve(gguf: Path, as_json: bool, **options: Any) -> None:
+    """Serve a GGUF to OpenAI's clients: chat completions, completions, embeddings, models, health.
 
-    session: Any = PromptSession(">>> ")
-    return session.prompt
+    \b
+    cnq serve model-Q4_K_M.gguf
+    CNQ_API_KEY=... cnq serve model-Q4_K_M.gguf --host 0.0.0.0 --parallel 2
+    """
+    from .serve import serve
+
+    serve(gguf, ready=lambda serving: terminal.emit(serving, as_json, terminal.show_serving), **options)
+
+
+@cli.command()
+@click.argument("gguf", type=FILE)
+@click.option("--port", type=click.IntRange(0, 65535), default=7860, show_default=True, help="0 = any free one.")
+@FORMAT
+@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Context in tokens.  [default: as for chat]")
+@THREADS
+@JSON
+def web(gguf: Path, as_json: bool, **options: Any) -> None:
+    """Talk with a GGUF on a page in the browser, on this machine only; Ctrl-C ends it. Needs `pip install 'cnq[web]'`.
+
+    \b
+    cnq web model-Q4_K_M.gguf
+    """
+    from .web import serve_page
+
+    serve_page(gguf, ready=lambda serving: terminal.emit(serving, as_json, terminal.show_page), **options)
 
 
 def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:
@@ -432,9 +541,14 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
-    tokens, eos = fields.get("tokenizer.ggml.tokens", []), fields.get("tokenizer.ggml.eos_token_id")
-    end = tokens[eos] if isinstance(eos, int) and 0 <= eos < len(tokens) else ""
-    render = (lambda messages: prompts.render(jinja, messages, eos=end, add_generation_prompt=False)) if jinja else None
+    bos, eos = prompts.token_text(fields, "bos"), prompts.token_text(fields, "eos")
+
+    def rendered(messages: list[prompts.Message]) -> str:
+        assert jinja
+        text = prompts.render(jinja, messages, bos=bos, eos=eos, add_generation_prompt=False)
+        return text.removeprefix(bos)  # the tokenizer adds it
+
+    render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
     sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
     dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)

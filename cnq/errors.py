@@ -11,7 +11,10 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── QuantizeError           llama.cpp refused the quantization, or died in it
 │   └── ImatrixRequired     the type is too small for plain rounding
 ├── EngineError             llama.cpp could not load or run the model
+│   └── Interrupted         somebody asked the model to stop
+├── SessionError            a saved conversation, or the state beside it, is damaged, no such file, or another model's
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
+├── OllamaError             Ollama does not answer, refuses a model, or could not read a Modelfile
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── OutputExists            the destination is there and --force was not given
 └── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
@@ -64,7 +67,19 @@ class EngineError(CnqError):
     pass
 
 
+class Interrupted(EngineError):
+    pass
+
+
+class SessionError(CnqError):
+    pass
+
+
 class CorpusError(CnqError):
+    pass
+
+
+class OllamaError(CnqError):
     pass
 
 

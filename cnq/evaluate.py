@@ -99,7 +99,7 @@ def evaluate(
         def measure(chunk: int, contexts: Sequence[Model]) -> None:
             tokens = chunks.tokens[chunk]
             ids = with_bos(first, tokens)
-            found = [model.logits(ids, n_ctx // 2)[:-1] for model in contexts]
+            found = [model.logits_in_place(ids, n_ctx // 2)[:-1] for model in contexts]
             for start in range(0, n, step):
                 rows = slice(start, min(start + step, n))
                 targets = tokens[n_ctx // 2 + 1 :][rows]

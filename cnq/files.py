@@ -3,16 +3,19 @@
 import errno
 import hashlib
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from decimal import Decimal
 from pathlib import Path
 
+import psutil
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
-from .errors import CnqError, NoSpace, OutputExists
+from .errors import CnqError, NoSpace, OutputExists, listed
 
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -34,7 +37,8 @@ def replacing(dst: Path, *, force: bool = False, need: int = 0, folder: bool = F
         if dst.exists() and not force:
             raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
         partial = dst.with_name(dst.name + PARTIAL)
-        with _made(dst.parent), _locked(partial, dst):
+        busy = f"{dst} is being written by another cnq. Wait for it, or name another output."
+        with _made(dst.parent), locked(partial, busy):
             try:
                 _remove(partial)
                 require_space(dst.parent, need)
@@ -67,8 +71,9 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(partial: Path, dst: Path) -> Iterator[None]:
-    path = partial.with_name(partial.name + ".lock")
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Keep other cnqs from `file`, there or not. Raises OSError, and CnqError with the words `busy`."""
+    path = file.with_name(file.name + ".lock")
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -76,7 +81,7 @@ def _locked(partial: Path, dst: Path) -> Iterator[None]:
     except Timeout:
         if not path.exists():  # filelock takes a folder without room for files (/proc) for a busy one
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        raise CnqError(f"{dst} is being written by another cnq. Wait for it, or name another output.") from None
+        raise CnqError(busy) from None
     finally:
         if lock.is_locked:
             with suppress(OSError):  # Windows cannot remove an open file; there filelock does it
@@ -91,6 +96,35 @@ def require_space(folder: Path, need: int) -> None:
         raise NoSpace(
             f"{folder}: {decimal(need)} needed, {decimal(free)} free. Make room, or name an output on another disk (--out)."
         )
+
+
+def require_memory(need: int, task: str) -> None:
+    """Raise NoSpace unless `need` bytes of memory are free."""
+    free = psutil.virtual_memory().available
+    if free < need:
+        raise NoSpace(f"{decimal(need)} of memory needed to {task}, {decimal(free)} free. Close other programs.")
+
+
+def require_replaceable(dst: Path, src: Path, marker: str) -> None:
+    """Raise OutputExists when --force would replace the folder `dst`, unless it is empty, or a model that does not hold `src`.
+
+    marker: the file that a model's folder has.
+    """
+    holds_src = src.resolve().is_relative_to(dst.resolve())
+    if dst.is_dir() and any(dst.iterdir()) and (holds_src or not (dst / marker).is_file()):
+        raise OutputExists(f"{dst} is a folder with other things in it. Name another output.")
+
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
+def byte_size(text: str) -> int:
+    """Bytes, from a number with a unit: 2GB = 2,000,000,000, 1.5 GiB = 1,610,612,736. Raises CnqError."""
+    found = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?) ?([A-Z]*)", text.strip().upper(), re.ASCII)
+    size = int(Decimal(found[1]) * _UNITS.get(found[2], 0)) if found else 0
+    if size < 1:
+        raise CnqError(f"{text!r} is no size. Give bytes, or a number with {listed(list(_UNITS)[1:], 8)}: 2GB, 500 MB.")
+    return size
 
 
 def user_dir(kind: str) -> Path:

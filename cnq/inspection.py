@@ -1,17 +1,22 @@
 """What is in a GGUF: family, sizes, tokenizer, prompt format, tensors by type."""
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from . import prompts
+from .errors import PromptError
 from .gguf_file import GgufFile
 
 
 @dataclass(frozen=True)
 class Inspected:
-    """types: tensor type -> (tensors, bytes). format: the prompt format that the chat template says, None = none known."""
+    """types: tensor type -> (tensors, bytes). format: the prompt format that the chat template says, None = none known.
+
+    notes: what is wrong with the template.
+    """
 
     path: Path
     arch: str
@@ -27,6 +32,7 @@ class Inspected:
     has_template: bool
     types: dict[str, tuple[int, int]]
     fields: dict[str, Any]
+    notes: tuple[str, ...]
 
 
 def inspect(path: Path) -> Inspected:
@@ -56,4 +62,15 @@ def inspect(path: Path) -> Inspected:
         has_template=template is not None,
         types={name: (count[name], size[name]) for name, _ in size.most_common()},
         fields={key: value if not isinstance(value, list) else f"list of {len(value)}" for key, value in fields.items()},
+        notes=tuple(_wrong(template, fields)) if template else (),
     )
+
+
+def _wrong(template: str, fields: dict[str, Any]) -> Iterator[str]:
+    try:
+        end = prompts.ending(template, fields)
+    except PromptError as error:
+        yield str(error)
+        return
+    if end and end.warning:
+        yield end.warning

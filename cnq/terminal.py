@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from .imatrix_stats import Statistics
     from .inspection import Inspected
     from .quantize import Plan
+    from .serve import Serving
+    from .sessions import Session
 
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
@@ -31,6 +33,15 @@ def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
     show(result)
     for note in getattr(result, "notes", ()):
         click.echo(f"note: {one_line(note)}", err=True)
+
+
+def emit_all(results: Sequence[Any], as_json: bool, show: Callable[[Any], object]) -> None:
+    """Print results of several inputs, each as `emit` does; as JSON, of one input its object, of several a list."""
+    if as_json and len(results) > 1:
+        click.echo(json.dumps(_plain(list(results)), ensure_ascii=False))
+        return
+    for result in results:
+        emit(result, as_json, show)
 
 
 def _plain(value: Any) -> Any:
@@ -218,11 +229,34 @@ def _home(path: Path) -> str:
     return f"~/{path.relative_to(home)}" if path.is_relative_to(home) else str(path)
 
 
+def show_page(serving: "Serving") -> None:
+    click.echo(f"{serving.model}: open {serving.url}  Ctrl-C ends it")
+
+
+def show_serving(serving: "Serving") -> None:
+    at_a_time = "one answer" if serving.slots == 1 else f"{serving.slots} answers"
+    click.echo(f"{serving.model}: {at_a_time} at a time, {serving.queue} more may wait, {serving.n_ctx} tokens of context")
+    click.echo(f"{serving.url}/v1  Ctrl-C ends it")
+
+
 def stream(pieces: Iterator[str]) -> None:
     """Print an answer as it comes."""
+    if sys.stdout.isatty():
+        from .chat_terminal.wrapping import clusters, printable
+
+        pieces = map(printable, clusters(pieces))
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+
+
+def show_answer(session: "Session", pieces: Iterator[str]) -> None:
+    """Print an answer as it comes, then what should be said of it, on stderr; the conversation is kept."""
+    stream(pieces)
+    for note in session.chat.notes:
+        click.echo(f"note: {one_line(note)}", err=True)
+    session.chat.notes.clear()
+    session.save()
 
 
 class Progress:

@@ -25,6 +25,7 @@ import tiny
 from click.testing import CliRunner, Result
 from safetensors.numpy import load_file
 
+from cnq import convert as converting
 from cnq.cli import cli
 from cnq.errors import CnqError, GgufError
 from cnq.gguf_file import GgufFile
@@ -152,7 +153,7 @@ def adapter(model: Path) -> None:
 
 DIRECTORIES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "empty": (lambda m: (shutil.rmtree(m), m.mkdir()), ("has no config.json (it holds nothing)", "complete model")),
-    "gone": (shutil.rmtree, ("is no directory", "Give a Hugging Face model directory")),
+    "gone": (shutil.rmtree, ("is no directory", "Give a model directory")),
     "lora": (adapter, ("LoRA adapter", "python -m training.merge_lora hfl/base", "OUT")),
     "no config": (without("config.json"), ("has no config.json", "it holds model.safetensors", "complete model")),
     "no weights": (without("model.safetensors"), ("has no weights", "model.safetensors", "it holds config.json")),
@@ -174,7 +175,8 @@ DIRECTORIES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "size: infinite": (config(hidden_size=float("inf")), ("hidden_size is inf",)),
     "a billion layers": (config(num_hidden_layers=10**9), ("num_hidden_layers is 1000000000", "512")),
     "heads: text": (config(num_key_value_heads="two"), ("num_key_value_heads is 'two'",)),
-    "heads: uneven": (config(num_attention_heads=3, num_key_value_heads=3), ("q_proj.weight", "by config.json it should be")),
+    "heads: uneven": (config(num_attention_heads=3, num_key_value_heads=3), ("num_attention_heads is 3", "hidden_size")),
+    "heads: more": (config(num_attention_heads=8), ("k_proj.weight", "by config.json it should be")),
     "rope: nonsense": (config(rope_scaling={"type": "spiral"}), ("spiral", "yarn")),
     "rope: text": (config(rope_scaling="linear"), ("rope_scaling", "linear")),
     "rope: no factor": (config(rope_scaling={"type": "linear"}), ("factor",)),
@@ -278,11 +280,21 @@ def test_a_unigram_model(model):
     not_converted(folder, saying=("UNIGRAM", "split text differently", "python -m training.merge_tokenizer"))
 
 
-def test_tiktoken_ranks_named_tokenizer_model(model):
+@pytest.mark.parametrize(
+    ("ids", "saying"),
+    [
+        (range(200), ("has no token for the bytes 200, 201", "Download it again")),
+        ([*range(255), 0], ("256 lines with 256 tokens and 255 ranks, expected each once",)),
+        (range(1, 257), ("expected each once, from 0 on",)),
+        (range(256), ("512 tokens, the embedding 420 rows",)),
+        ([*range(255), "x"], ("the tokenizer's files are not in order",)),
+    ],
+)
+def test_ranks_that_are_not_those_of_llama_3(model, ids, saying):
     folder = model()
-    lines = [base64.b64encode(bytes([i])) + b" %d\n" % i for i in range(256)]
-    (folder / "tokenizer.model").write_bytes(b"".join(lines))
-    not_converted(folder, saying=("is no SentencePiece model", "tiktoken", "Use the tokenizer.json"))
+    lines = [f"{base64.b64encode(bytes([byte])).decode()} {id}\n" for byte, id in enumerate(ids)]
+    (folder / "tokenizer.model").write_text("".join(lines))
+    not_converted(folder, saying=saying)
 
 
 @pytest.mark.parametrize("vocab", ["spm", "spm-json", "llama-bpe"])
@@ -343,7 +355,110 @@ def tensors_of(folder: Path) -> dict[str, np.ndarray]:
 def random_tensors(folder: Path) -> dict[str, np.ndarray]:
     """What the checkpoint holds, in float32."""
     settings = json.loads((folder / "config.json").read_text())
-    return {name: tiny.values(name, shape) for name, _, _, shape in tiny.of_config(settings).expected(settings)}
+    return {name: tiny.values(name, shape) for name, shape in tiny.of_config(settings).expected(settings).items()}
+
+
+def test_a_tokenizer_in_mistrals_own_form(model):
+    folder = model(family="mistral")
+    (folder / "tokenizer.model").rename(folder / "tekken.json")
+    not_converted(folder, saying=("neither tokenizer.model nor tokenizer.json", "tekken.json is Mistral's own form"))
+
+
+# What a family asks of its config.json: settings of tiny.checkpoint, changes to the config, what is said
+
+PER_FAMILY: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
+    "more experts chosen than there are": (
+        {"family": "mixtral"}, {"num_experts_per_tok": 5},
+        ("num_experts_per_tok is 5, expected no more than num_local_experts, which is 4",),
+    ),
+    "no experts": ({"family": "mixtral"}, {"num_local_experts": 0}, ("num_local_experts is 0, expected a whole number",)),
+    "experts in words": ({"family": "mixtral"}, {"num_local_experts": "eight"}, ("num_local_experts is 'eight'",)),
+    "a million experts": ({"family": "mixtral"}, {"num_local_experts": 10**6}, ("num_local_experts is 1000000", "1024")),
+    "none chosen": ({"family": "mixtral"}, {"num_experts_per_tok": 0}, ("num_experts_per_tok is 0",)),
+    "fewer experts said": (
+        {"family": "mixtral"}, {"num_local_experts": 3},
+        ("MixtralForCausalLM does not have: model.layers.0.block_sparse_moe.experts.3.w1.weight",),
+    ),
+    "more experts said": (
+        {"family": "mixtral"}, {"num_local_experts": None},
+        ("24 of 65 tensors are missing: model.layers.0.block_sparse_moe.experts.4.w1.weight",),
+    ),
+    "window in words": ({"family": "mistral"}, {"sliding_window": "long"}, ("sliding_window is 'long'",)),
+    "heads do not divide": (
+        {}, {"num_key_value_heads": 3}, ("num_key_value_heads is 3, expected a divisor of num_attention_heads, which is 4",),
+    ),
+    "odd heads": ({}, {"head_dim": 15}, ("head_dim is 15, expected an even number",)),
+    "qwen3: window": ({"family": "qwen3"}, {"use_sliding_window": True}, ("use_sliding_window = True", "False only")),
+    "qwen3: biases": ({"family": "qwen3"}, {"attention_bias": True}, ("attention_bias = True", "False only")),
+    "qwen3: factors": (
+        {"family": "qwen3"}, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        ("rope scaling 'llama3'; cnq converts Qwen3ForCausalLM with default, dynamic, linear, yarn",),
+    ),
+    "internlm2: biases": ({"family": "internlm2"}, {"bias": True}, ("InternLM2ForCausalLM with bias = True", "False only")),
+    "internlm2: tied": ({"family": "internlm2"}, {"tie_word_embeddings": True}, ("tie_word_embeddings = True",)),
+    "internlm2: other groups": (
+        {"family": "internlm2"}, {"num_key_value_heads": 4},
+        ("attention.wqkv.weight is (128, 64), by config.json it should be (192, 64)",),
+    ),
+    "baichuan: layers": (
+        {"family": "baichuan-7b"}, {"num_hidden_layers": 28},
+        ("BaichuanForCausalLM with num_hidden_layers = 28; cnq describes 32 or 40 only", "rotary attention from ALiBi"),
+    ),
+    "baichuan: tied": ({"family": "baichuan-7b"}, {"tie_word_embeddings": True}, ("tie_word_embeddings = True",)),
+    "the first InternLM": ({}, {"architectures": ["InternLMForCausalLM"]}, ("InternLMForCausalLM", "InternLM2ForCausalLM")),
+    "Qwen3 with experts": ({}, {"architectures": ["Qwen3MoeForCausalLM"]}, ("Qwen3MoeForCausalLM", "Qwen3ForCausalLM")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PER_FAMILY)
+def test_a_config_that_its_family_cannot_have(case, model):
+    settings, changes, saying = PER_FAMILY[case]
+    folder = model(**settings)
+    edited(folder / "config.json", **changes)
+    not_converted(folder, saying=saying)
+
+
+PACKED = "model.layers.3.self_attn.W_pack.weight"
+OUT_OF_SHAPE: dict[str, tuple[str, str, tuple[int, ...] | None, tuple[str, ...]]] = {
+    "expert missing": (
+        "mixtral", "model.layers.1.block_sparse_moe.experts.2.w3.weight", None,
+        ("1 of 41 tensors are missing: model.layers.1.block_sparse_moe.experts.2.w3.weight", "download is incomplete"),
+    ),
+    "expert of another shape": (
+        "mixtral", "model.layers.1.block_sparse_moe.experts.2.w2.weight", (96, 64), ("w2.weight is (96, 64)", "(64, 96)"),
+    ),
+    "router": (
+        "mixtral", "model.layers.0.block_sparse_moe.gate.weight", (8, 64), ("gate.weight is (8, 64)", "(4, 64)"),
+    ),
+    "W_pack with fewer rows": ("baichuan-7b", PACKED, (128, 64), (f"{PACKED} is (128, 64), by config.json", "(192, 64)")),
+    "W_pack turned": ("baichuan-7b", PACKED, (64, 192), (f"{PACKED} is (64, 192)", "(192, 64)")),
+    "W_pack in three": ("baichuan-7b", PACKED, (3, 64, 64), (f"{PACKED} is (3, 64, 64)", "(192, 64)")),
+    "W_pack missing": ("baichuan-7b", PACKED, None, (f"1 of 227 tensors are missing: {PACKED}",)),
+    "no embedding": ("internlm2", "model.tok_embeddings.weight", None, ("model.tok_embeddings.weight is missing among",)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", OUT_OF_SHAPE)
+def test_tensors_that_do_not_fit_their_family(case, model):
+    from safetensors.numpy import save_file
+
+    family, name, shape, saying = OUT_OF_SHAPE[case]
+    folder = model(family=family)
+    tensors = tensors_of(folder)
+    del tensors[name]
+    if shape:
+        tensors[name] = np.zeros(shape, np.float16)
+    save_file(tensors, folder / "model.safetensors")
+    not_converted(folder, saying=saying)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_in_a_row_to_be_divided(model, value):
+    folder = model(family="baichuan2-7b")
+    tensors = random_tensors(folder)
+    tensors["lm_head.weight"][70, 5] = value
+    tiny.save(folder / "model.safetensors", tensors, "F32")
+    not_converted(folder, saying=("lm_head.weight", f"{value} at row 70, column 5", "damaged"))
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -841,7 +956,7 @@ def test_a_file_that_is_no_gguf(tmp_path, case):
 @pytest.mark.parametrize("name", ["nowhere.gguf", "."])
 def test_no_such_gguf(tmp_path, name):
     for args in gguf_commands(tmp_path / name):
-        if args[0] != "convert":
+        if args[0] not in ("convert", "to-hf"):  # they read directories as well
             refused(tmp_path, args[0], tmp_path / name, *args[2:], saying=("cannot be read as GGUF",))
 
 
@@ -886,7 +1001,7 @@ ODD_METADATA: dict[str, tuple[dict[str, tuple[int, bytes] | None], tuple[str, ..
     "scaling": ({"llama.rope.scaling.type": (STRING, string("spiral"))}, ("rope scaling 'spiral'",)),
     "scaling, a number": ({"llama.rope.scaling.type": NUMBERS}, ("rope scaling [7]",)),
     "yarn of nothing": ({"llama.rope.scaling.type": (STRING, string("yarn"))}, ("original_max_position_embeddings",)),
-    "other sizes": ({"llama.feed_forward_length": u32(128)}, ("gate_proj.weight is (96, 64), by its metadata it should be",)),
+    "other sizes": ({"llama.feed_forward_length": u32(128)}, ("ffn_gate.weight is (96, 64), by its metadata it should be",)),
     "no tokenizer": ({"tokenizer.ggml.model": None}, ("tokenizer is of type None", "llama and gpt2")),
     "no tokens": ({"tokenizer.ggml.tokens": None}, ("tokenizer is not in order", "tokenizer.ggml.tokens")),
     "tokens are a number": ({"tokenizer.ggml.tokens": u32(7)}, ("tokenizer is not in order",)),
@@ -920,6 +1035,41 @@ def test_one_file_of_several(gguf, tmp_path, command):
     more = {"quantize": [tmp_path / "out.gguf", "-t", "Q8_0"], "to-hf": [tmp_path / "out"], "chat": ["--prompt", "x"]}
     saying = ("is one of 3 files that make a model", "llama-gguf-split --merge")
     refused(tmp_path, command, path, *more.get(command, []), saying=saying)
+
+
+ODD_FAMILIES: dict[str, tuple[str, dict[str, tuple[int, bytes] | None], tuple[str, ...]]] = {
+    "experts in words": ("mixtral", {"llama.expert_count": TEXT}, ("llama.expert_count = 'seven', expected",)),
+    "fewer experts": ("mixtral", {"llama.expert_count": u32(3)}, ("ffn_gate_inp.weight is (4, 64), by its", "(3, 64)")),
+    "none chosen": ("mixtral", {"llama.expert_used_count": u32(0)}, ("expert_used_count = 0, expected",)),
+    "no word of how many are chosen": ("mixtral", {"llama.expert_used_count": None}, ("has no llama.expert_used_count",)),
+    "a million experts": ("mixtral", {"llama.expert_count": u32(10**6)}, ("expert_count = 1000000, expected",)),
+    "too many chosen": ("mixtral", {"llama.expert_used_count": u32(5)}, ("num_experts_per_tok is 5", "no more than")),
+    "dense, it says": ("mixtral", {"llama.expert_count": None}, ("LlamaForCausalLM does not have: blk.0.ffn_down_exps",)),
+    "experts, it says": ("qwen2", {"qwen2.expert_count": u32(4)}, ("architecture qwen2 with experts", "cnq knows llama")),
+    "other groups": (
+        "internlm2", {"internlm2.attention.head_count_kv": u32(4)}, ("blk.0.attn_k.weight is (32, 64), by its", "(64, 64)"),
+    ),
+    "27 layers": ("baichuan-7b", {"baichuan.block_count": u32(27)}, ("num_hidden_layers = 27", "32 or 40")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ODD_FAMILIES)
+def test_metadata_that_its_family_cannot_have(gguf, tmp_path, case):
+    family, changes, saying = ODD_FAMILIES[case]
+    altered(gguf(family=family), path := tmp_path / "model.gguf", changes)
+    refused(tmp_path, "to-hf", path, tmp_path / "out", saying=saying)
+    child = process(tmp_path, "chat", path, "--prompt", "x", "--format", "chatml", "--max-tokens", 1)
+    _, stderr = child.communicate()
+    assert child.returncode in (0, 1), stderr
+    assert "Traceback" not in stderr
+
+
+def test_a_part_of_a_packed_tensor_is_missing(originals, tmp_path, monkeypatch):
+    plan = converting._plan
+    monkeypatch.setattr(converting, "_plan", lambda *args: [t for t in plan(*args) if t.name != "blk.1.attn_k.weight"])
+    path = converting.convert(originals(family="internlm2"), tmp_path / "model.gguf").path
+    missing = "1 of 17 tensors are missing: model.layers.1.attention.wqkv.weight"
+    refused(tmp_path, "to-hf", path, tmp_path / "out", saying=(missing,))
 
 
 def test_ids_that_no_token_has_mean_none(gguf, tmp_path):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 import tiny
+import tiny_lora
 from click.testing import CliRunner
 
 from cnq.build import build
 from cnq.cli import cli
-from cnq.errors import PromptError
+from cnq.convert import convert
+from cnq.errors import CheckpointError, PromptError
 from cnq.gguf_file import GgufFile
 from cnq.imatrix_file import read_imatrix
 from cnq.terminal import Progress
@@ -127,6 +129,43 @@ def test_a_model_without_a_template_needs_a_format(tmp_path):
     built, _ = run(model, tmp_path / "out", format="alpaca")
     assert built.format == "alpaca"
     assert "### Instruction:" in built.modelfile.read_text()
+
+
+def test_adapters_are_merged_on_the_way(model, tmp_path):
+    """What is made is the merged model's, without a merged copy; other adapters, or another order, make it again."""
+    loras = [tiny_lora.adapter(tmp_path / name, model, **more) for name, more in (("one", {}), ("two", {"rows": 424}))]
+    out, given = tmp_path / "out", {"loras": [str(path) for path in loras], "format": "alpaca"}
+    built, kept = run(model, out, **given)
+    assert [m.path.name for m in built.files] == ["my-model-two-F16.gguf", "my-model-two-Q4_K_M.gguf"]
+    assert not kept
+    convert(model, tmp_path / "want.gguf", loras=loras, dtype="f16", name="my-model-two", format="alpaca")
+    assert built.files[0].path.read_bytes() == (tmp_path / "want.gguf").read_bytes()
+    assert not [p for p in out.rglob("*") if p.suffix in (".safetensors", ".bin")]
+    record = json.loads(GgufFile(built.result).fields["cnq.merge"])
+    assert [adapter["name"] for adapter in record["adapters"]] == ["one", "two"]
+    assert len(run(model, out, **given)[1]) == 2
+    config = json.loads((loras[0] / "adapter_config.json").read_text())
+    (loras[0] / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 8}))
+    assert not run(model, out, **given)[1]
+    assert not run(model, out, **given | {"loras": given["loras"][1:]})[1]
+
+
+def test_the_order_of_adapters_counts(model, tmp_path):
+    loras = [str(tiny_lora.adapter(tmp_path / str(alpha) / "lora", model, alpha=alpha)) for alpha in (16, 24)]
+    out = tmp_path / "out"
+    first = run(model, out, loras=loras)[0].files[0].path.read_bytes()
+    again, kept = run(model, out, loras=loras[::-1])
+    assert not kept
+    assert again.files[0].path.read_bytes() != first
+
+
+def test_a_quantized_gguf_is_no_base_for_adapters(model, tmp_path):
+    source = run(model, tmp_path / "one", ("Q8_0",))[0]
+    lora = str(tiny_lora.adapter(tmp_path / "my-lora", model))
+    with pytest.raises(CheckpointError, match="is quantized"):
+        run(source.result, tmp_path / "two", loras=[lora])
+    built, _ = run(source.files[0].path, tmp_path / "three", loras=[lora])
+    assert built.files[0].path.name == "my-model-F16-my-lora-F16.gguf"
 
 
 @pytest.mark.parametrize("moment", ["my-model-F16.gguf.partial", "my-model-Q4_K_M.gguf.partial", "my-model-F16.gguf"])

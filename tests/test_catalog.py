@@ -16,7 +16,7 @@ import sys
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
 from pathlib import Path
@@ -30,7 +30,7 @@ from huggingface_hub.constants import DOWNLOAD_CHUNK_SIZE
 from cnq import catalog
 from cnq.catalog import Model, fetch, find
 from cnq.convert import convert
-from cnq.errors import CheckpointError, DownloadError, UnknownModel
+from cnq.errors import DownloadError, UnknownModel
 from cnq.files import sha256
 from cnq.prompts import FORMATS
 
@@ -194,7 +194,11 @@ from cnq import catalog, errors
 faulthandler.dump_traceback_later(120, exit=True)  # a download that hangs fails, and shows where
 said = []
 try:
-    result = {"path": str(catalog.fetch(catalog.find(sys.argv[1]), Path(sys.argv[2]), said.append))}
+    model = catalog.with_loras(catalog.find(sys.argv[1]), sys.argv[3:])
+    if model.loras:
+        result = {"loras": [str(p) for p in catalog.fetch_loras(model, Path(sys.argv[2]).with_name("loras"), said.append)]}
+    else:
+        result = {"path": str(catalog.fetch(model, Path(sys.argv[2]), said.append))}
 except errors.CnqError as error:
     result = {"error": type(error).__name__, "message": str(error)}
 print(json.dumps(result | {"said": said}))
@@ -203,12 +207,12 @@ print(json.dumps(result | {"said": said}))
 
 @pytest.fixture
 def download(tmp_path) -> Callable[..., dict[str, Any]]:
-    """download(url of the hub) -> what cnq.catalog.fetch did in a process of its own."""
+    """download(url of the hub) -> what cnq.catalog.fetch, or fetch_loras, did in a process of its own."""
     own = {k: v for k, v in os.environ.items() if not k.startswith("HF_") and not k.lower().endswith("_proxy")}
     own |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-    def run(url: str, repo: str = REPO) -> dict[str, Any]:
-        command = [sys.executable, "-c", FETCH, repo, str(tmp_path / "source")]
+    def run(url: str, repo: str = REPO, loras: Sequence[str] = ()) -> dict[str, Any]:
+        command = [sys.executable, "-c", FETCH, repo, str(tmp_path / "source"), *loras]
         done = subprocess.run(command, env=own | {"HF_ENDPOINT": url}, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -353,7 +357,7 @@ def test_a_repository_without_weights_lists_what_it_holds(hub, download, source)
     hub.repos[REPO] = {"README.md": b"#", "alpaca-q4.gguf": b"GGUF"}
     result = download(hub.url)
     assert result["error"] == "DownloadError"
-    assert "neither safetensors nor .bin" in result["message"]
+    assert "neither *.safetensors nor *.bin" in result["message"]
     assert "README.md" in result["message"]
     assert "alpaca-q4.gguf" in result["message"]
     assert hub.fetched() == set()
@@ -519,11 +523,65 @@ def test_an_entry_of_the_catalog_says_all_that_is_needed(model):
         assert find(model.hub).hub == model.hub
 
 
-@pytest.mark.parametrize("name", [m.name for m in catalog.models().values() if m.loras])
-def test_a_model_of_adapters_is_refused_with_what_to_merge(name, tmp_path):
-    model = find(name)
-    with pytest.raises(CheckpointError) as error:
-        fetch(model, tmp_path / "source")
-    for part in (model.hub, *model.loras):
+# Adapters
+
+
+def adapter(hub: Hub, repo: str, *more: str) -> dict[str, bytes]:
+    """A repository of an adapter, as `hub` has it after this."""
+    names = ("adapter_config.json", "adapter_model.bin", "tokenizer.model", "README.md", *more)
+    hub.repos[repo] = {name: f"{name} of {repo}".encode() for name in names}
+    return hub.repos[repo]
+
+
+def test_adapters_come_in_order_without_what_training_left(hub, tmp_path, download):
+    wanted = [dict(adapter(hub, repo)) for repo in ("owner/first", "owner/second")]
+    adapter(hub, "owner/second", "optimizer.bin", "training_args.bin", "checkpoint-5/adapter_model.safetensors")
+    result = download(hub.url, "owner/alpaca", loras=["owner/first", "owner/second"])
+    folders = [tmp_path / "loras" / name for name in ("first", "second")]
+    assert result["loras"] == [str(folder) for folder in folders]
+    assert [content(folder) for folder in folders] == wanted
+    assert [catalog.hub_id(folder) for folder in folders] == ["owner/first", "owner/second"]
+
+
+def test_safetensors_of_an_adapter_are_preferred(hub, tmp_path, download):
+    adapter(hub, "owner/first", "adapter_model.safetensors", "model.safetensors")
+    download(hub.url, loras=["owner/first"])
+    weights = [name for name in content(tmp_path / "loras" / "first") if name.endswith((".safetensors", ".bin"))]
+    assert weights == ["adapter_model.safetensors"]
+
+
+def test_a_model_in_the_place_of_an_adapter_is_named_as_such(hub, download):
+    result = download(hub.url, loras=[REPO])
+    assert result["error"] == "DownloadError"
+    assert f"{REPO} holds neither adapter_model.safetensors nor adapter_model.bin, but " in result["message"]
+
+
+def test_an_adapter_by_path_stays_where_it_is(tmp_path):
+    (tmp_path / "mine").mkdir()
+    model = catalog.with_loras(find("owner/alpaca"), [str(tmp_path / "mine")])
+    assert catalog.fetch_loras(model, tmp_path / "loras") == (tmp_path / "mine",)
+    assert not (tmp_path / "loras").exists()
+
+
+def test_a_model_with_adapters_has_a_name_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    model = catalog.with_loras(find("7b-plus"), ["./mine/"])
+    assert (model.name, model.title) == ("7b-plus-mine", "chinese-alpaca-plus-7b-mine")
+    assert model.loras == (*catalog.models()["7b-plus"].loras, "./mine/")
+    assert (model.hub, model.prompt) == ("huggyllama/llama-7b", "alpaca")
+    assert catalog.with_loras(find("7b-plus"), []) == find("7b-plus")
+
+
+def test_adapters_without_a_hub_id_have_to_be_given_by_path(tmp_path, monkeypatch):
+    """The authors of chinese-llama-65b publish no hub id."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UnknownModel) as error:
+        catalog.with_loras(find("65b"), [])
+    for part in ("chinese-llama-65b-base", "no hub id", "cnq build huggyllama/llama-65b --lora PATH", "--format 65b"):
         assert part in str(error.value)
-    assert not (tmp_path / "source").exists()
+    for lora in find("65b").loras:
+        Path(lora).mkdir()
+    assert catalog.fetch_loras(catalog.with_loras(find("65b"), []), tmp_path / "loras") == tuple(
+        Path(lora) for lora in find("65b").loras
+    )

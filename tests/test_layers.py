@@ -11,12 +11,14 @@ CNQ = ROOT / "cnq"
 # A module imports only from those before it.
 ORDER = [
     "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
-    "archs", "vocab", "checkpoint", "convert", "to_hf", "inspection", "engine", "quantize", "corpus", "imatrix", "scores",
-    "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "chat", "ollama", "build", "terminal",
-    "doctor_text", "cli", "__main__",
+    "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
+    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
+    "prompt_cache", "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build",
+    "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip
-DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint"], "sentencepiece": ["vocab"], "huggingface_hub": ["catalog"],
-         "matplotlib": ["report"]}  # fmt: skip
+DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
+         "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],
+         "jinja2": ["prompts"], "prompt_toolkit": ["chat_terminal"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:
@@ -77,4 +79,6 @@ def test_help_loads_nothing_heavy():
     """`cnq --help` has to answer at once."""
     code = "import sys, cnq.cli; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"numpy", "gguf", "llama_cpp", "torch", "rich", "huggingface_hub", "prompt_toolkit", "jinja2"} & set(loaded)
+    assert not {"numpy", "gguf", "llama_cpp", "torch", "rich", "huggingface_hub", "prompt_toolkit", "jinja2", "httpx"} & set(
+        loaded
+    )

@@ -20,7 +20,15 @@ VARIANTS = {
         "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
         "max_position_embeddings": 256,
     },
+    "rope-dynamic": {"rope_scaling": {"type": "dynamic", "factor": 2.0}},  # has to do nothing up to 512 tokens
     "qwen2": {"family": "qwen2"},
+    "qwen3": {"family": "qwen3"},
+    "qwen3-tied": {"family": "qwen3", "tie_word_embeddings": True, "num_key_value_heads": 4},
+    "mistral": {"family": "mistral"},
+    "mistral-window": {"family": "mistral", "sliding_window": 150},  # as long as the text: nothing falls out of it
+    "mistral-head-dim": {"family": "mistral", "head_dim": 32},
+    "mixtral": {"family": "mixtral"},
+    "mixtral-3-of-8": {"family": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 3},
 }
 
 

@@ -17,10 +17,13 @@ TURNS = [
     {"role": "assistant", "content": "好。"},
     {"role": "user", "content": "再见"},
 ]
-# Written out from the sources that cnq/prompts.py names, with <s> for bos and </s> for eos.
+# Written out from the sources that cnq/prompts/formats.py names, with <s> for bos and </s> for eos.
 EXACT = {
     "alpaca": (
         "<s>你是助手。\n\n### Instruction:\n\n你好\n\n\n### Response:\n\n好。\n\n### Instruction:\n\n再见\n\n### Response:\n\n"
+    ),
+    "alpaca-training": (
+        "<s>你是助手。\n\n### Instruction:\n你好\n\n\n### Response: 好。\n\n### Instruction:\n再见\n\n### Response: "
     ),
     "llama-2": "<s>[INST] <<SYS>>\n你是助手。\n<</SYS>>\n\n你好\n [/INST] 好。</s><s>[INST] 再见 [/INST]",
     "llama-3": (
@@ -34,9 +37,41 @@ EXACT = {
         "<|im_start|>system\n你是助手。<|im_end|>\n<|im_start|>user\n你好\n<|im_end|>\n"
         "<|im_start|>assistant\n好。<|im_end|>\n<|im_start|>user\n再见<|im_end|>\n<|im_start|>assistant\n"
     ),
+    "vicuna": "<s>你是助手。 USER: 你好\n ASSISTANT: 好。</s>USER: 再见 ASSISTANT:",
+    "chinese-vicuna": "<s>你是助手。\n\nUser:你好\n\n\nAssistant:好。\n\nUser:再见\n\nAssistant:",
+    "promptcblue": "<s>问：\n你是助手。\n你好\n\n答：\n好。\n</s><s>问：\n再见\n答：\n",
+    "baichuan": "你是助手。<reserved_102>你好\n<reserved_103>好。</s><reserved_102>再见<reserved_103>",
+    "baichuan-2": "你是助手。<reserved_106>你好\n<reserved_107>好。<reserved_106>再见<reserved_107>",
+    "65b": (
+        "<s><|im_start|>system\n你是助手。\n<|im_end|>\n<|im_start|>user\n你好\n\n<|im_end|>\n<|im_start|>assistant\n好。\n<|im_end|>\n"
+        "<|im_start|>user\n再见\n<|im_end|>\n<|im_start|>assistant\n"
+    ),
 }
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 BILINGUAL = "You are a helpful assistant. 你是一个乐于助人的助手。"
+
+TRAINED = {
+    "alpaca": f"<s>{ALPACA}\n\n### Instruction:\n\n问\n\n### Response:\n\n答</s>",
+    "alpaca-training": f"<s>{ALPACA}\n\n### Instruction:\n问\n\n### Response: 答</s>",
+    "llama-2": f"<s>[INST] <<SYS>>\n{BILINGUAL}\n<</SYS>>\n\n问 [/INST] 答</s>",
+    "llama-3": (
+        f"<s><|start_header_id|>system<|end_header_id|>\n\n{BILINGUAL}<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n问"
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n答<|eot_id|>"
+    ),
+    "chatml": "<|im_start|>user\n问<|im_end|>\n<|im_start|>assistant\n答<|im_end|>\n",
+    "vicuna": (
+        "<s>A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and "
+        "polite answers to the user's questions. USER: 问 ASSISTANT: 答</s>"
+    ),
+    "chinese-vicuna": (
+        "<s>The following is a conversation between an AI assistant called Assistant and a human user called User. The "
+        "assistant is intelligent, knowledgeable and polite to answer questions of user.\n\nUser:问\n\nAssistant:答</s>"
+    ),
+    "promptcblue": "<s>问：\n问\n答：\n答\n</s>",
+    "baichuan": "<reserved_102>问<reserved_103>答</s>",
+    "baichuan-2": "<reserved_106>问<reserved_107>答</s>",
+    "65b": "<s><|im_start|>user\n问\n<|im_end|>\n<|im_start|>assistant\n答\n<|im_end|>",
+}
 
 
 def render(name, messages):
@@ -46,6 +81,14 @@ def render(name, messages):
 @pytest.mark.parametrize("name", prompts.FORMATS)
 def test_a_conversation_is_written_exactly_so(name):
     assert render(name, [SYSTEM, *TURNS]) == EXACT[name]
+
+
+@pytest.mark.parametrize("name", prompts.FORMATS)
+def test_a_training_text_is_that_of_the_authors(name):
+    """One round, as the training scripts write it."""
+    round = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
+    text = prompts.render(prompts.FORMATS[name].jinja, round, bos="<s>", eos="</s>", add_generation_prompt=False)
+    assert text == TRAINED[name]
 
 
 @pytest.mark.parametrize(("name", "system"), [("alpaca", ALPACA), ("llama-2", BILINGUAL), ("llama-3", BILINGUAL)])
@@ -106,7 +149,8 @@ def test_exactly_one_bos_or_none(format, vocab, gguf):
         style = Style(prompts.FORMATS[format].jinja, (), None)
         ids = prompt_tokens(model, style, [SYSTEM, TURNS[0]])
         bos = model.fields["tokenizer.ggml.bos_token_id"]
-        assert ids[:2] != [bos, bos]
+        text = prompts.render(style.jinja, [SYSTEM, TURNS[0]], bos="<bos>")
+        assert ids[:2] != [bos, bos] or text.removeprefix("<bos>").startswith(model.token_text("bos"))  # it opens turns too
         if model.adds_bos:
             assert ids[0] == bos
 
@@ -114,11 +158,12 @@ def test_exactly_one_bos_or_none(format, vocab, gguf):
 def test_a_chat_without_a_template_asks_for_a_format(gguf):
     path = gguf(vocab="spm")
     fields = GgufFile(path).fields
-    with pytest.raises(PromptError, match=r"--format alpaca\|llama-2"):
+    with pytest.raises(PromptError, match=r"--format alpaca\|.*llama-2\|"):
         style_of(fields, path, None)
     assert style_of(fields, path, "alpaca").stop == ("### Instruction:",)
-    with pytest.raises(PromptError, match="unknown prompt format"):
+    with pytest.raises(PromptError, match=r"unknown prompt format klingon; known are alpaca, .*alpaca-2"):
         style_of(fields, path, "klingon")
+    assert prompts.named("alpaca-2") is prompts.FORMATS["llama-2"]
 
 
 def test_the_tokens_of_a_chat_are_those_of_transformers(gguf):

@@ -28,7 +28,7 @@ PAGE = [
     "𠀀𠮷野家 𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
     "\ufeffBOM \u200b零宽 \u0000nul",
 ]
-PRE = ["llama-bpe", "smaug-bpe", "qwen2", "smollm", "gpt-2", "deepseek-llm", "deepseek-coder", "deepseek-v3"]
+PRE = ["llama-bpe", "smaug-bpe", "qwen2", "smollm", "gpt-2", "deepseek-llm", "deepseek-coder", "deepseek-v3", "tekken"]
 # Any text, but composed: llama.cpp does not normalize, and Qwen2's tokenizer does (NFC).
 TEXT = st.text(st.characters(exclude_categories=("Cs", "Mn", "Mc", "Me")), max_size=60).map(lambda s: normalize("NFC", s))
 
@@ -71,11 +71,11 @@ def test_byte_level_bpe_equals_tokenizers_on_any_text(byte_level, text):
     assert tokens(model, text) == want(text)
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_model(gguf):
+@pytest.fixture(scope="module", params=["spm", "spm-symbols"])
+def sentencepiece_model(request, gguf):
     import sentencepiece
 
-    path = gguf(vocab="spm")
+    path = gguf(vocab=request.param)
     pieces = sentencepiece.SentencePieceProcessor(str(path.parent / "hf" / "tokenizer.model"))
     with Model(path, n_ctx=64) as model:
         yield model, pieces.encode

@@ -31,7 +31,29 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+# family -> what its config.json says otherwise than LLaMA's
+_FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "yi": {"architectures": ["YiForCausalLM"], "model_type": "Yi", "rope_theta": 5000000.0},
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+    "internlm2": {"architectures": ["InternLM2ForCausalLM"], "bias": False, "rope_theta": 1000000.0},
+    "baichuan-7b": {"architectures": ["BaiChuanForCausalLM"], "model_type": "baichuan", "num_hidden_layers": 32},
+    "baichuan-13b": {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "num_hidden_layers": 40,
+                     "model_max_length": 512},
+    "baichuan2-7b": {"architectures": ["BaichuanForCausalLM"], "model_type": "baichuan", "num_hidden_layers": 32,
+                     "model_max_length": 512, "z_loss_weight": 0},
+}  # fmt: skip
+# What the config.json of the family does not say
+_ABSENT = {"baichuan-7b": ("num_key_value_heads", "rope_theta"), "baichuan2-7b": ("num_key_value_heads", "rope_theta"),
+           "baichuan-13b": ("num_key_value_heads", "rope_theta", "max_position_embeddings")}  # fmt: skip
+# vocab -> user-defined symbols of its tokenizer.model
+_SYMBOLS = {
+    "spm-symbols": ["<|im_start|>", "<|im_end|>", "▁▁"],
+    "spm-unused": ["[UNUSED_TOKEN_0]", "[UNUSED_TOKEN_1]", "[UNUSED_TOKEN_2]"],
+}
 _GPT4 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -40,13 +62,13 @@ def checkpoint(
 ) -> Path:
     """Write a checkpoint to `folder`, named as the model; config.json's keys can be overridden.
 
-    vocab: spm (tokenizer.model), spm-added (with added tokens), spm-json (tokenizer.json only), or the name of a
-    pre-tokenizer for byte-level BPE.
+    vocab: spm (tokenizer.model), spm-added (with added tokens), spm-json (tokenizer.json only), spm-symbols (special tokens
+    are user-defined symbols of the tokenizer.model, as Yi's), spm-unused (special tokens take the place of unused ones, as
+    InternLM2's), or the name of a pre-tokenizer for byte-level BPE.
     """
     folder.mkdir(parents=True, exist_ok=True)
     n_vocab = tokenizer(folder, vocab)
     settings = {
-        "architectures": [_CLASSES[family]],
         "model_type": family,
         "hidden_act": "silu",
         "hidden_size": 64,
@@ -61,15 +83,17 @@ def checkpoint(
         "vocab_size": n_vocab,
         "bos_token_id": 1,
         "eos_token_id": 2,
+        **_FAMILIES[family],
         **config,
     }
+    settings = {key: value for key, value in settings.items() if key not in _ABSENT.get(family, ())}
     (folder / "config.json").write_text(json.dumps(settings))
     weights(folder, settings, dtype, shards)
     return folder
 
 
 def weights(folder: Path, config: dict[str, Any], dtype: str, shards: int = 1) -> None:
-    tensors = {name: values(name, shape) for name, _, _, shape in of_config(config).expected(config)}
+    tensors = {name: values(name, shape) for name, shape in of_config(config).expected(config).items()}
     files: dict[str, dict[str, np.ndarray]] = {}
     for i, (name, value) in enumerate(tensors.items()):
         file = "model.safetensors" if shards == 1 else f"model-{i * shards // len(tensors) + 1:05}-of-{shards:05}.safetensors"
@@ -114,34 +138,39 @@ def tokenizer(folder: Path, vocab: str) -> int:
 
 def _sentencepiece(folder: Path, vocab: str) -> int:
     model = folder / "tokenizer.model"
+    bos, eos = ("<|startoftext|>", "<|endoftext|>") if vocab == "spm-symbols" else ("<s>", "</s>")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES), model_prefix=str(folder / "tokenizer"), model_type="bpe", vocab_size=420,
         byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        num_threads=1, minloglevel=2,
+        num_threads=1, minloglevel=2, bos_piece=bos, eos_piece=eos, add_dummy_prefix=vocab != "spm-symbols",
+        user_defined_symbols=_SYMBOLS.get(vocab, []),
     )  # fmt: skip
     (folder / "tokenizer.vocab").unlink()
     config: dict[str, Any] = {
-        "tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>",
-        "add_bos_token": True, "add_eos_token": False, "legacy": True,
+        "tokenizer_class": "LlamaTokenizer", "bos_token": bos, "eos_token": eos, "unk_token": "<unk>",
+        "add_bos_token": vocab != "spm-symbols", "add_eos_token": False, "legacy": True,
     }  # fmt: skip
     n = 420
     if vocab == "spm-added":
-        added = {"[PAD]": True, "<|im_start|>": True, "<|im_end|>": True, "量化": False}
-        config["added_tokens_decoder"] = {
-            str(i): {"content": token, "special": special, "normalized": False, "lstrip": False, "rstrip": False}
-            for i, (token, special) in enumerate([("<unk>", True), ("<s>", True), ("</s>", True)])
-        } | {
-            str(n + i): {"content": token, "special": special, "normalized": False, "lstrip": False, "rstrip": False}
-            for i, (token, special) in enumerate(added.items())
-        }
+        added = ["<unk>", "<s>", "</s>"], ["[PAD]", "<|im_start|>", "<|im_end|>", "量化"]
+        config["added_tokens_decoder"] = _decoder(added[0]) | _decoder(added[1], n)
         config["pad_token"] = "[PAD]"
         config["chat_template"] = CHATML
-        n += len(added)
+        n += len(added[1])
+    if vocab == "spm-unused":
+        config["added_tokens_decoder"] = _decoder(["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"])
+        config["chat_template"] = CHATML
     (folder / "tokenizer_config.json").write_text(json.dumps(config, ensure_ascii=False))
     if vocab == "spm-json":
         _hf_fast(model, folder / "tokenizer.json")
         model.unlink()
     return n
+
+
+def _decoder(tokens: list[str], first: int = 0) -> dict[str, dict[str, Any]]:
+    """added_tokens_decoder for tokens from id `first` on; those in brackets are special."""
+    flags = {"normalized": False, "lstrip": False, "rstrip": False}
+    return {str(first + i): {"content": t, "special": t[0] in "<["} | flags for i, t in enumerate(tokens)}
 
 
 def _hf_fast(model: Path, path: Path) -> None:
@@ -190,7 +219,7 @@ def _hf_fast(model: Path, path: Path) -> None:
 def _byte_level(folder: Path, pre: str) -> int:
     from tokenizers import Tokenizer, decoders, models, normalizers, processors, trainers
 
-    tokenizer = Tokenizer(models.BPE(ignore_merges=pre == "llama-bpe"))
+    tokenizer = Tokenizer(models.BPE(ignore_merges=pre in ("llama-bpe", "tekken")))
     tokenizer.pre_tokenizer = pre_tokenizer(pre)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -205,7 +234,7 @@ def _byte_level(folder: Path, pre: str) -> int:
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         ),
     )  # fmt: skip
-    if pre == "llama-bpe":
+    if pre in ("llama-bpe", "tekken"):
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<|im_start|> $A", pair="<|im_start|> $A <|im_start|> $B", special_tokens=[("<|im_start|>", 1)]
         )
@@ -237,6 +266,8 @@ def pre_tokenizer(name: str) -> Any:
             return Sequence([Split(Regex(_GPT4.replace("DIGITS", "{1,3}")), "isolated"), bytes_only])
         case "qwen2":
             return Sequence([Split(Regex(_GPT4.replace("DIGITS", "")), "isolated"), bytes_only])
+        case "tekken":
+            return Sequence([Split(Regex(bpe._TEKKEN), "isolated"), bytes_only])
         case "deepseek-v3":
             return Sequence([*(Split(Regex(cut), "isolated") for cut in bpe._DEEPSEEK_V3), bytes_only])
         case "deepseek-llm":

@@ -53,8 +53,9 @@ def predict(
     with replacing(predictions_file, force=force) as out, replacing(config, force=force) as settings:
         found = []
         for done, line in enumerate(lines, 1):
-            prompt = _conversation(line, system) if with_prompt else line
-            text = engine.prompt_text(prompt).removeprefix(engine.tokenizer.bos_token or "") if with_prompt else line
+            messages = _conversation(line, system)
+            prompt = messages if with_prompt else line
+            text = engine.prompt_text(messages).removeprefix(engine.tokenizer.bos_token or "") if with_prompt else line
             found.append({"Input": text, "Output": engine.generate(prompt, max_new_tokens=max_new_tokens, **sampling)})
             progress(done, len(lines))
         out.write_text(json.dumps(found, ensure_ascii=False, indent=2), encoding="utf-8")

@@ -1,6 +1,7 @@
 """LLaMA 1-3, and the models that share its tensors: Chinese-LLaMA/Alpaca 1-3, Vicuna, Yi, DeepSeek-LLM, SmolLM2."""
 
-from .arch import Arch, To
+from .arch import SILU, Arch
+from .tensors import To
 
 TENSORS = {
     "model.embed_tokens.weight": To("token_embd.weight", "VD"),
@@ -31,12 +32,16 @@ BIASES = {
     "model.layers.{}.mlp.down_proj.bias": To("blk.{}.ffn_down.bias", "D", when="mlp_bias"),
 }
 
+# Of llama.cpp's `llama`, which the families of other files share.
+STATES = ("attention.key_length", "attention.value_length", "vocab_size", "rope.dimension_count")
+ROPE_TYPES = ("default", "dynamic", "linear", "yarn", "llama3")
+
 LLAMA = Arch(
     gguf="llama",
     classes=("LlamaForCausalLM", "LLaMAForCausalLM"),  # the second: checkpoints of 2023's first converters
     model_type="llama",
     tensors=TENSORS | BIASES,
-    requires=(("hidden_act", "silu"),),
-    head_sizes=True,
-    vocab_size=True,
+    requires=(SILU,),
+    states=STATES,
+    rope_types=ROPE_TYPES,
 )

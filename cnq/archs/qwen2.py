@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from . import llama
-from .arch import Arch, To
+from .arch import SILU, Arch, Only
+from .tensors import To
 
 TENSORS = {name: replace(to, rope_heads=None) for name, to in llama.TENSORS.items()} | {
     "model.layers.{}.self_attn.q_proj.bias": To("blk.{}.attn_q.bias", "Q"),
@@ -16,7 +17,5 @@ QWEN2 = Arch(
     classes=("Qwen2ForCausalLM",),
     model_type="qwen2",
     tensors=TENSORS,
-    requires=(("hidden_act", "silu"), ("use_sliding_window", False)),
-    head_sizes=False,
-    vocab_size=False,
+    requires=(SILU, Only("use_sliding_window", (False,))),
 )

@@ -1,16 +1,20 @@
 """A GGUF back as a checkpoint under Hugging Face's names: the way in for models that exist as GGUF only."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 
 from .. import archs, vocab
-from ..archs.arch import config_of, head_dim, hparams, llama3_factors
+from ..archs.arch import Arch, head_dim
+from ..archs.hparams import config_of, hparams, llama3_factors
+from ..archs.tensors import Link, gguf_shape, grouped, pack
 from ..errors import CheckpointError, listed
-from ..gguf_file import GgufFile, Tensor
-from .checkpoint import Checkpoint, Entry
+from ..gguf_file import BF16, F16, F32, GgufFile, Tensor, TensorType
+from .checkpoint import ORIGIN_KEY, Checkpoint, Entry, Origin, require_shape
 
 _EMBEDDING, _HEAD, _ROPE = "token_embd.weight", "output.weight", "rope_freqs.weight"
+_FLOATS = (F32, F16, BF16)
 
 
 def open_gguf(path: Path) -> Checkpoint:
@@ -19,7 +23,7 @@ def open_gguf(path: Path) -> Checkpoint:
     Raises GgufError, UnsupportedArch, CheckpointError (tensors that no checkpoint of the family has).
     """
     file = GgufFile(path)
-    arch = archs.of_gguf(file.arch)
+    arch = archs.of_gguf(file.arch, file.fields.get(f"{file.arch}.expert_count", 0))
     config = config_of(file.fields, arch)
     if _EMBEDDING not in file.tensors:
         raise CheckpointError(
@@ -37,27 +41,74 @@ def open_gguf(path: Path) -> Checkpoint:
         pass
     if _ROPE in file.tensors:
         config["rope_scaling"] = _llama3_scaling(path, file, config)
-    rules = {hf: (gguf, to) for hf, gguf, to, _ in arch.expected(config)}
-    unknown = file.tensors.keys() - {gguf for gguf, _ in rules.values()} - {_ROPE}
-    if unknown:
-        raise CheckpointError(
-            f"{path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}. "
-            "It is of a variant that cnq does not know: take the model's own checkpoint."
-        )
-
-    def read(name: str) -> Tensor:
-        gguf, to = rules[name]
-        found = file.tensor(gguf)
-        return Tensor(name, found.type, found.shape, to.back(found.data, config))
+    links = list(arch.links(config))
+    _require_known(file, arch, grouped(links, "gguf"))
+    whole = {hf: of for hf, of in grouped(links, "hf").items() if all(link.gguf in file.tensors for link in of)}
+    shapes = arch.expected(config)
 
     def tokenizer(scratch: Path) -> Path:
         vocab.write(file.fields, scratch)
         return scratch
 
-    entries = {
-        hf: Entry(file.tensors[gguf].type, file.tensors[gguf].shape) for hf, (gguf, _) in rules.items() if gguf in file.tensors
-    }
-    return Checkpoint(path=path, arch=arch, config=config, entries=entries, read=read, tokenizer=tokenizer)
+    return Checkpoint(
+        path=path,
+        arch=arch,
+        config=config,
+        entries={hf: _entry(file, of, shapes[hf]) for hf, of in whole.items()},
+        read=lambda name: _read(file, whole[name]),
+        tokenizer=tokenizer,
+        origin=_origin(file),
+    )
+
+
+def _require_known(file: GgufFile, arch: Arch, by_gguf: dict[str, list[Link]]) -> None:
+    """Raise CheckpointError for a tensor that is no tensor of the family, or of another shape than the metadata says."""
+    if unknown := file.tensors.keys() - by_gguf.keys() - {_ROPE}:
+        raise CheckpointError(
+            f"{file.path}: tensors that {arch.classes[0]} does not have: {listed(sorted(unknown))}. "
+            "It is of a variant that cnq does not know: take the model's own checkpoint."
+        )
+    for name, links in by_gguf.items():
+        if name in file.tensors:
+            found, shape = file.tensors[name].shape, gguf_shape(links)
+            dropped = (1,) * (len(shape) - len(found))  # ggml writes no last dimensions of 1: a single expert
+            require_shape(file.path, name, dropped + found, shape, "its metadata")
+
+
+def _entry(file: GgufFile, links: list[Link], shape: tuple[int, ...]) -> Entry:
+    types = [file.tensors[link.gguf].type for link in links]
+    return Entry(_one_type(types), shape, decoded=any(type not in _FLOATS for type in types))
+
+
+def _one_type(types: list[TensorType]) -> TensorType:
+    """The type of a tensor put together from parts: theirs, or float32 when they differ."""
+    return types[0] if len(set(types)) == 1 else F32
+
+
+def _read(file: GgufFile, links: list[Link]) -> Tensor:
+    """One HF tensor, of the GGUF tensors that hold its rows."""
+    parts = [_part(file, link) for link in links]
+    if len(parts) == 1:
+        return parts[0]
+    type = _one_type([part.type for part in parts])
+    data = pack([part.data if part.type == type else part.float32() for part in parts], links[0].groups)
+    return Tensor(links[0].hf, type, (len(data), *parts[0].shape[1:]), data)
+
+
+def _part(file: GgufFile, link: Link) -> Tensor:
+    found = file.tensor(link.gguf)
+    data = found.data
+    if link.expert is not None:
+        data = data.reshape(-1, *link.shape[:-1], data.shape[-1])[link.expert]
+    return Tensor(link.hf, found.type, link.shape, link.back(data))
+
+
+def _origin(file: GgufFile) -> Origin | None:
+    try:
+        record = json.loads(file.fields[ORIGIN_KEY])
+    except (KeyError, TypeError, ValueError, RecursionError):  # a note for people, nothing hangs on it
+        return None
+    return Origin(record, lambda: record) if isinstance(record, dict) else None
 
 
 def _llama3_scaling(path: Path, file: GgufFile, config: dict[str, object]) -> dict[str, object]:

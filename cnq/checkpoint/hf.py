@@ -1,6 +1,7 @@
 """A Hugging Face directory: config.json, tokenizer files, and weights in safetensors or .bin, one file or shards."""
 
 import json
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from .. import archs
 from ..archs.arch import DROPPED, Config
 from ..errors import CheckpointError, listed
-from ..gguf_file import BF16, F16, F32, Planned, Tensor, TensorType
-from .checkpoint import Checkpoint, Entry
+from ..gguf_file import F32, Planned, Tensor, TensorType
+from .checkpoint import ORIGIN_FILE, Checkpoint, Entry, Origin, Weights, float_type, typed
+from .torch_file import read_torch
 
 TOKENIZER_FILES = (
     "tokenizer.model",
@@ -22,13 +24,11 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
 )
-_FLOATS = {"F32": F32, "F16": F16, "BF16": BF16}
-_EMBEDDING = "model.embed_tokens.weight"
-
-_Weights = dict[str, tuple[Entry, Callable[[], Tensor]]]
 
 
 def open_hf(path: Path) -> Checkpoint:
@@ -38,9 +38,9 @@ def open_hf(path: Path) -> Checkpoint:
     """
     config = read_config(path)
     arch = archs.of_config(config)
-    weights: _Weights = {}
+    weights: Weights = {}
     for shard in _shards(path):
-        found = _safetensors(shard) if shard.suffix == ".safetensors" else _torch_pickle(shard)
+        found = read_weights(shard)
         if twice := weights.keys() & found.keys():
             raise CheckpointError(
                 f"{path}: in more than one shard: {listed(sorted(twice))}. Remove the files of the other download."
@@ -49,11 +49,11 @@ def open_hf(path: Path) -> Checkpoint:
     _require_indexed(path, set(weights))
     weights = {name: w for name, w in weights.items() if not name.endswith(DROPPED)}
     notes = []
-    if config.get("vocab_size") != (rows := _embedding_rows(path, weights)):
+    if config.get("vocab_size") != (rows := _embedding_rows(path, weights, arch.hf_name("token_embd.weight"))):
         notes.append(f"config.json says vocab_size {config.get('vocab_size')}, the embedding has {rows} rows: {rows} it is")
         config["vocab_size"] = rows
-    if config.get("tie_word_embeddings") and weights.pop("lm_head.weight", None):
-        notes.append("lm_head.weight left out: config.json ties it to the embedding")
+    if config.get("tie_word_embeddings") and weights.pop(head := arch.hf_name("output.weight"), None):
+        notes.append(f"{head} left out: config.json ties it to the embedding")
     return Checkpoint(
         path=path,
         arch=arch,
@@ -62,25 +62,41 @@ def open_hf(path: Path) -> Checkpoint:
         read=lambda name: weights[name][1](),
         tokenizer=lambda scratch: path,
         notes=tuple(notes),
+        origin=read_origin(path),
     )
 
 
-def _embedding_rows(path: Path, weights: _Weights) -> int:
-    if _EMBEDDING not in weights:
+def read_origin(folder: Path) -> Origin | None:
+    """What cnq_merge.json says, in a directory that has one. Raises CheckpointError when it is no JSON object."""
+    if not (folder / ORIGIN_FILE).is_file():
+        return None
+    record = read_json(folder / ORIGIN_FILE)
+    return Origin(record, lambda: record)
+
+
+def has_weights(path: Path) -> bool:
+    """Whether a directory holds a model of Hugging Face's form, complete or not."""
+    return (path / "config.json").is_file() and bool(_index(path) or _unindexed(path))
+
+
+def _embedding_rows(path: Path, weights: Weights, embedding: str) -> int:
+    if embedding not in weights:
         raise CheckpointError(
-            f"{path}: {_EMBEDDING} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
+            f"{path}: {embedding} is missing among {len(weights)} tensors ({listed(weights, 2)}). "
             "The download is incomplete, or the model is of another family."
         )
-    shape = weights[_EMBEDDING][0].shape
+    shape = weights[embedding][0].shape
     if len(shape) != 2 or not shape[0]:
-        raise CheckpointError(f"{path}: {_EMBEDDING} is {shape}, expected a row for each token. Download the model again.")
+        raise CheckpointError(f"{path}: {embedding} is {shape}, expected a row for each token. Download the model again.")
     return shape[0]
 
 
 def read_config(path: Path) -> Config:
     """config.json of a model directory. Raises CheckpointError."""
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory. Give a Hugging Face model directory (config.json and weights).")
+        raise CheckpointError(
+            f"{path} is no directory, nor a file. Give a model directory (config.json and weights) or a GGUF."
+        )
     if not (path / "config.json").is_file():
         if (path / "adapter_config.json").is_file():
             base = read_json(path / "adapter_config.json").get("base_model_name_or_path") or "BASE"
@@ -123,6 +139,12 @@ def _index(path: Path) -> tuple[Path, dict[str, str]] | None:
     return None
 
 
+def _unindexed(path: Path) -> list[Path]:
+    """Files of weights by their names, safetensors before .bin."""
+    found = (sorted(path.glob(pattern)) for pattern in ("model*.safetensors", "pytorch_model*.bin"))
+    return next((files for files in found if files), [])
+
+
 def _shards(path: Path) -> list[Path]:
     if index := _index(path):
         index_path, files = index
@@ -138,14 +160,8 @@ def _shards(path: Path) -> list[Path]:
                 f"{path}: {len(missing)} of {len(names)} shards are missing: {listed(missing)}. Finish the download."
             )
         return [path / name for name in names]
-    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
-        if found := sorted(path.glob(pattern)):
-            return found
-    if any(path.glob("consolidated.*.pth")):
-        raise CheckpointError(
-            f"{path} is in Meta's format (consolidated.*.pth), which this version of cnq does not read. "
-            "Use the model's Hugging Face directory."
-        )
+    if found := _unindexed(path):
+        return found
     holds = listed(sorted(p.name for p in path.iterdir()))
     raise CheckpointError(
         f"{path} has no weights: neither model.safetensors nor pytorch_model.bin nor an index of shards (it holds {holds})."
@@ -162,15 +178,12 @@ def _require_indexed(path: Path, found: set[str]) -> None:
             )
 
 
-def _float_type(path: Path, name: str, dtype: str) -> TensorType:
-    if dtype not in _FLOATS:
-        raise CheckpointError(
-            f"{path}: {name} is {dtype}, expected F32, F16 or BF16. Start from the float checkpoint of the model."
-        )
-    return _FLOATS[dtype]
+def read_weights(path: Path) -> Weights:
+    """The tensors of one file, safetensors or .bin, none of them read. Raises CheckpointError."""
+    return _safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
 
 
-def _safetensors(path: Path) -> _Weights:
+def _safetensors(path: Path) -> Weights:
     try:
         with safe_open(path, framework="np"):  # checks header, offsets and file size as the format demands
             local = SafetensorsLocal(path).tensors
@@ -179,69 +192,25 @@ def _safetensors(path: Path) -> _Weights:
 
     def read(name: str, type: TensorType, shape: tuple[int, ...]) -> Tensor:
         raw = np.asarray(local[name].mmap_bytes())
-        return Tensor(name, type, shape, _typed(raw, type, shape))
+        return Tensor(name, type, shape, typed(raw, type, shape))
 
-    weights: _Weights = {}
+    weights: Weights = {}
     for name, tensor in local.items():
         if not name.endswith(DROPPED):
-            entry = Entry(_float_type(path, name, tensor.dtype), tensor.shape)
+            entry = Entry(float_type(path, name, tensor.dtype), tensor.shape)
             weights[name] = entry, partial(read, name, entry.type, entry.shape)
         else:
             weights[name] = Entry(F32, tensor.shape), partial(read, name, F32, tensor.shape)
     return weights
 
 
-def _torch_pickle(path: Path) -> _Weights:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"{path} is a PyTorch file, which takes torch to read: pip install 'cnq[training]'. "
-            "Or use the model's safetensors files, which need nothing."
-        ) from None
-
-    def plain(value: object) -> bool:
-        """A tensor with all its numbers in the file: a stride of 0 can make any size out of one."""
-        if not isinstance(value, torch.Tensor) or value.layout != torch.strided or value.device.type != "cpu":
-            return False
-        return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
-
-    load = partial(torch.load, path, map_location="cpu", weights_only=True)
-    try:
-        try:
-            state = load(mmap=True)
-        except RuntimeError:  # saved before torch 1.6: not a zip, cannot be mapped
-            state = load()
-    except Exception as error:  # torch raises half a dozen kinds for a damaged or hostile pickle
-        # what was found comes after the advice to switch the protection off
-        reason = (str(error).rpartition("WeightsUnpickler error: ")[2].splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{path} is damaged, or not plain weights ({reason}). Use the model's safetensors files, or download it again."
-        ) from None
-    kinds = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-    if not isinstance(state, dict) or (odd := [k for k, v in state.items() if not (isinstance(k, str) and plain(v))]):
-        found = f"{odd[0]!r} is no tensor" if isinstance(state, dict) else f"it holds a {type(state).__name__}"
-        raise CheckpointError(
-            f"{path} is not plain weights: {found}, expected names and tensors. Use the model that save_pretrained wrote."
-        )
-
-    def read(name: str, entry: Entry) -> Tensor:
-        raw = state[name].detach().contiguous().view(-1).view(torch.uint8).numpy()
-        return Tensor(name, entry.type, entry.shape, _typed(raw, entry.type, entry.shape))
-
-    weights: _Weights = {}
-    for name, tensor in state.items():
-        dtype = "F32" if name.endswith(DROPPED) else kinds.get(tensor.dtype, str(tensor.dtype))
-        entry = Entry(_float_type(path, name, dtype), tuple(tensor.shape))
-        weights[name] = entry, partial(read, name, entry)
-    return weights
-
-
-def _typed(raw: np.ndarray, type: TensorType, shape: tuple[int, ...]) -> np.ndarray:
-    """Raw bytes as Tensor.data wants them."""
-    if type == BF16:
-        return raw.reshape(*shape[:-1], 2 * shape[-1])
-    return raw.view(np.float32 if type == F32 else np.float16).reshape(shape)
+def copy_tokenizer(src: Path, dst: Path) -> None:
+    """Copy a tokenizer's files from one folder to another."""
+    for name in TOKENIZER_FILES:
+        if (src / name).is_file():
+            shutil.copyfile(src / name, dst / name)
+    if (templates := src / "additional_chat_templates").is_dir():
+        shutil.copytree(templates, dst / templates.name)
 
 
 def write_safetensors(path: Path, tensors: list[Planned], progress: Callable[[int], object]) -> None:

@@ -21,6 +21,7 @@ _nbytes.restype, _nbytes.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
 _overhead = lib._lib.ggml_tensor_overhead
 _overhead.restype, _overhead.argtypes = ctypes.c_size_t, []
 _OBJECT_SIZE = 32  # ggml.c, struct ggml_object
+_is_empty = ctypes.cast(lib._lib.ggml_is_empty, ctypes.c_void_p).value
 
 
 class Tensor(ctypes.Structure):
@@ -73,3 +74,18 @@ def check(weight: Tensor, known: TensorInfo) -> None:
 
 def is_float32(tensor: Tensor) -> bool:
     return tensor.type == F32.id
+
+
+class Flag:
+    """A flag that llama.cpp asks after every operation, without entering Python: whether this tensor is empty."""
+
+    def __init__(self) -> None:
+        self._tensor = Tensor(ne=(1, 1, 1, 1))
+
+    def set(self, up: bool) -> None:
+        self._tensor.ne[0] = 0 if up else 1
+
+    def give_to(self, context: lib.llama_context_params) -> None:
+        """Have a context give up its pass, whatever thread it runs in, when the flag is up. The flag must outlive it."""
+        context.abort_callback = lib.ggml_abort_callback(_is_empty)
+        context.abort_callback_data = ctypes.addressof(self._tensor)

@@ -2,22 +2,30 @@
 
 import copy
 import ctypes
+import hashlib
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import cached_property
 from itertools import compress, count
 from operator import ne
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from ..errors import EngineError, GgufError, listed
+from ..errors import EngineError, GgufError, Interrupted, SessionError, listed
+from ..files import replacing
 from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..machine import physical_cores
+from ..prompts import token_text
 from ..tuning import PLAIN, Tuned
-from . import ggml
+from . import ggml, state
+from .sampler import Sampler, Sampling
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
 
@@ -35,16 +43,9 @@ lib.llama_backend_init()
 _AMX = b"AMX_INT8 = 1" in lib.llama_print_system_info()
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """temperature 0 = always the likeliest token. repeat_last_n: how many tokens repeat_penalty looks back."""
-
-    temperature: float = 0.2
-    top_k: int = 40
-    top_p: float = 0.9
-    repeat_penalty: float = 1.1
-    repeat_last_n: int = 64
-    seed: int = 0xFFFFFFFF  # llama.cpp's word for a random one
+_DEEP = 4096  # bytes of text from which on a tokenizer of regular expressions may need more stack than a thread has
+_STACK = 512  # bytes of stack for each byte of text: std::regex recurses, and 160 to 330 were seen
+_stack_size = threading.Lock()  # threading knows one size, for all threads to come
 
 
 class Model:
@@ -74,7 +75,7 @@ class Model:
         """
         file = GgufFile(path)  # a file that is no GGUF is refused here, before native code sees it
         _refuse_fatal(file)
-        self.fields = file.fields
+        self.path, self.fields, self._file = path, file.fields, file
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
         params.use_extra_bufts = tuned.repack and not _AMX
@@ -88,6 +89,7 @@ class Model:
         self._watch_error: BaseException | None = None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
+        self._flag = None if stop else ggml.Flag()
         if stop:
             context.abort_callback = lib.ggml_abort_callback(lambda user_data: stop())
         self._params = context  # and what it refers to
@@ -100,6 +102,8 @@ class Model:
 
     def _begin(self) -> None:
         """An empty context for the weights."""
+        if self._flag:
+            self._flag.give_to(self._params)
         self._ctx = lib.llama_init_from_model(self._model, self._params)
         if not self._ctx:
             self.close()
@@ -118,12 +122,36 @@ class Model:
         tuned: how it runs, but for mlock and repack, which the weights have in common; None = as this one.
         """
         twin = copy.copy(self)
-        twin._ctx, twin._forked = None, True
+        twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
         if tuned:
             twin._params = type(self._params).from_buffer_copy(self._params)  # what it refers to, this one holds
             _tune(twin._params, tuned, 0, 0)
         twin._begin()
         return twin
+
+    def embedder(self) -> "Model":
+        """A fork whose passes give hidden states: for `embedding`."""
+        twin = copy.copy(self)
+        twin._ctx, twin._forked, twin._flag = None, True, self._flag and ggml.Flag()
+        twin._params = type(self._params).from_buffer_copy(self._params)
+        twin._params.embeddings, twin._params.pooling_type = True, lib.LLAMA_POOLING_TYPE_NONE
+        twin._params.n_batch = twin._params.n_ubatch = 128  # llama.cpp keeps the logits of a whole batch beside them
+        twin._begin()
+        return twin
+
+    def interrupt(self) -> None:
+        """From any thread: have the pass that runs now, or the next one, raise Interrupted. Until `resume`."""
+        assert self._flag
+        self._flag.set(True)
+
+    def resume(self) -> None:
+        assert self._flag
+        self._flag.set(False)
+
+    @property
+    def n_threads(self) -> int:
+        """Threads it was made to compute in."""
+        return int(self._params.n_threads)
 
     def close(self) -> None:
         if self._ctx:
@@ -150,8 +178,7 @@ class Model:
 
     def token_text(self, name: str) -> str:
         """The text of a special token: bos, eos."""
-        id, tokens = self.fields.get(f"tokenizer.ggml.{name}_token_id"), self.fields["tokenizer.ggml.tokens"]
-        return tokens[id] if isinstance(id, int) and 0 <= id < len(tokens) else ""
+        return token_text(self.fields, name)
 
     def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """add_special: put bos (and eos) around, if the model says so. parse_special: read "<s>" and the like as tokens."""
@@ -161,12 +188,14 @@ class Model:
                 "token. Make the GGUF again from the model's own tokenizer."
             )
         raw = text.encode("utf-8", "surrogatepass")
-        room = len(raw) + 2
-        ids = (lib.llama_token * room)()
-        n = lib.llama_tokenize(self._vocab, raw, len(raw), ids, room, add_special, parse_special)
-        if n < 0:
-            raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
-        return list(ids[:n])
+        deep = len(raw) > _DEEP and self.fields.get("tokenizer.ggml.model") == "gpt2"
+        for room in (len(raw) + 2, 3 * len(raw) + 4):  # a space that is no token of its own becomes three bytes
+            ids = (lib.llama_token * room)()
+            arguments = (self._vocab, raw, len(raw), ids, room, add_special, parse_special)
+            n = _on_a_stack_of(_STACK * len(raw), lib.llama_tokenize, *arguments) if deep else lib.llama_tokenize(*arguments)
+            if n >= 0:
+                return list(ids[:n])
+        raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: possibly part of a character. Control tokens stand for nothing."""
@@ -199,6 +228,13 @@ class Model:
         self._forget(0)
         return out
 
+    def logits_in_place(self, tokens: Sequence[int], first: int = 0) -> np.ndarray:
+        """The same of at most n_batch tokens, where llama.cpp has them: valid until the next call, to be read only."""
+        self._forget(0)
+        self._decode(tokens, 0, len(tokens) - first)
+        self._forget(0)
+        return np.ctypeslib.as_array(lib.llama_get_logits(self._ctx), (len(tokens) - first, self.n_vocab))
+
     def feed(self, tokens: Sequence[int]) -> None:
         """Run a sequence of its own for the watcher alone; every token is computed through all layers."""
         self._forget(0)
@@ -207,41 +243,127 @@ class Model:
             self._decode(part, start, len(part))
         self._forget(0)
 
+    def embedding(self, tokens: Sequence[int]) -> np.ndarray:
+        """(hidden size,) float32 of length 1: the mean of the last layer's states over the tokens; of an `embedder` only.
+
+        A sequence of its own. Raises EngineError when it does not fit into the context, and Interrupted.
+        """
+        if not tokens or len(tokens) > self.n_ctx:
+            raise EngineError(f"the text has {len(tokens)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
+        self._forget(0)
+        width = int(lib.llama_model_n_embd(self._model))
+        total = np.zeros(width)
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start : start + self.n_batch]
+            self._decode(part, start, len(part))
+            total += np.ctypeslib.as_array(lib.llama_get_embeddings(self._ctx), (len(part), width)).sum(0, dtype=np.float64)
+        self._forget(0)
+        return np.asarray(total / (np.linalg.norm(total) or 1), np.float32)
+
     def next_logits(self, prompt: Sequence[int]) -> np.ndarray:
         """(n_vocab,) float32, valid until the next call. What the prompt has in common with the last is not computed again."""
         self._go_on(prompt)
+        return self.last_logits()
+
+    def last_logits(self) -> np.ndarray:
+        """(n_vocab,) float32, valid until the next pass: of the token after the last one. While `generate` waits after a
+        token, what that token was drawn from."""
         return np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, -1), (self.n_vocab,))
 
     def _go_on(self, prompt: Sequence[int]) -> None:
         """Bring the context to the end of the prompt."""
         if not prompt or len(prompt) >= self.n_ctx:
             raise EngineError(f"the prompt has {len(prompt)} tokens, the context {self.n_ctx}. Shorten it, or raise --ctx.")
-        differs = next(compress(count(), map(ne, prompt, self._seen)), len(self._seen))
-        common = min(differs, len(prompt) - 1)
+        common = self.holds(prompt[:-1])
         self._forget(common)
         for start in range(common, len(prompt), self.n_batch):
             self._decode(prompt[start : start + self.n_batch], start, 1)
+
+    @property
+    def n_seen(self) -> int:
+        """How many tokens are in the context; may be asked from another thread while the model computes."""
+        return len(self._seen)
+
+    def holds(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are in the context already."""
+        differs = compress(count(), map(ne, tokens, self._seen))
+        return next(differs, min(len(tokens), len(self._seen)))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Bring the context to the end of the tokens, without logits: for what comes after them."""
+        common = self.holds(tokens)
+        self._forget(common)
+        for start in range(common, len(tokens), self.n_batch):
+            self._decode(tokens[start : start + self.n_batch], start, 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights; see state.fingerprint."""
+        return state.fingerprint(self._file).hex()
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for contexts that can go on from each other's state: same weights, llama.cpp, and form of the cache."""
+        p = self._params
+        form = (llama_cpp.__version__, p.type_k, p.type_v, p.flash_attn_type, p.rope_freq_base, p.rope_freq_scale)
+        return hashlib.sha256(f"{self.fingerprint} {form}".encode()).hexdigest()
+
+    @property
+    def state_bytes(self) -> int:
+        """About what save_state writes now."""
+        return int(lib.llama_state_seq_get_size(self._ctx, 0)) + 4 * len(self._seen)
+
+    def save_state(self, path: Path) -> None:
+        """Write the context, tokens with their keys and values, for load_state; `path` is replaced.
+
+        Raises NoSpace, CnqError (not writable), EngineError (nothing in the context, or a kind of model without a plain cache).
+        """
+        if not self._seen:
+            raise EngineError("the context is empty: there is no state to keep.")
+        tokens = (lib.llama_token * len(self._seen))(*self._seen)
+        with replacing(path, force=True, need=self.state_bytes) as partial:
+            if not lib.llama_state_seq_save_file(self._ctx, os.fsencode(partial), 0, tokens, len(tokens)):
+                raise EngineError(f"llama.cpp cannot write {partial}: {_complaint()}")
+            state.seal(partial, bytes.fromhex(self.identity))
+
+    def load_state(self, path: Path) -> int:
+        """Take over a context that save_state wrote: the number of its tokens. Without it, the context stays as it is.
+
+        Raises SessionError: damaged, of another model, longer than this context.
+        """
+        tokens = state.unsealed(path, bytes.fromhex(self.identity))
+        if len(tokens) > self.n_ctx:
+            raise SessionError(f"{path} holds {len(tokens)} tokens, the context {self.n_ctx}. Raise --ctx, or delete it.")
+        self._forget(0)
+        room, n = (lib.llama_token * len(tokens))(), ctypes.c_size_t()
+        if not lib.llama_state_seq_load_file(self._ctx, os.fsencode(path), 0, room, len(tokens), ctypes.byref(n)):
+            self._forget(0)
+            raise SessionError(f"{path} was refused by llama.cpp: {_complaint()} Delete it: it will be computed again.")
+        self._seen = tokens
+        return len(tokens)
+
+    def check(self, sampling: Sampling) -> None:
+        """Raise EngineError for a grammar that `generate` could not follow."""
+        Sampler(sampling, self._vocab, self.n_vocab, ()).close()
 
     def generate(self, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> Iterator[int]:
         """Yield the tokens of an answer, without the one that ends it.
 
         What the prompt has in common with the last one is not computed again. Ends when the context is full.
-        Raises EngineError when the prompt leaves no room for an answer.
+        Raises EngineError when the prompt leaves no room for an answer, or no token follows the grammar; Interrupted.
         """
-        self._go_on(prompt)
-        sampler = _sampler(sampling, self.n_vocab)
+        sampler = Sampler(sampling, self._vocab, self.n_vocab, prompt)
         try:
-            for token in prompt[-sampling.repeat_last_n :]:
-                lib.llama_sampler_accept(sampler, token)
+            self._go_on(prompt)
             for _ in range(min(max_tokens, self.n_ctx - len(prompt))):
-                token = int(lib.llama_sampler_sample(sampler, self._ctx, -1))
+                token = sampler.draw(self._ctx)
                 if self.ends(token):
                     return
                 yield token
                 if len(self._seen) < self.n_ctx:
                     self._decode([token], len(self._seen), 1)
         finally:
-            lib.llama_sampler_free(sampler)
+            sampler.close()
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
@@ -249,6 +371,8 @@ class Model:
         if error := self._watch_error:
             self._watch_error = None
             raise error
+        if status == 2 and self._flag:  # aborted; what the pass had done of these tokens is forgotten
+            raise Interrupted("the model was asked to stop.")
         if status:
             raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
         self._seen += tokens
@@ -304,13 +428,18 @@ def _tune(context: Any, tuned: Tuned, n_batch: int, n_threads: int) -> None:
 def _refuse_fatal(file: GgufFile) -> None:
     """Raise GgufError for metadata that llama.cpp does not refuse, but aborts at (llama-model.cpp, llama-vocab.cpp)."""
     path, fields, arch = file.path, file.fields, file.arch
-    for key, sound, expected in (
-        ("block_count", lambda n: n in range(1, 513), "1 to 512"),
-        ("rope.scaling.type", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
-        ("attention.layer_norm_rms_epsilon", lambda eps: isinstance(eps, float) and eps >= 0, "0 or more"),
+    experts = fields.get(f"{arch}.expert_count", 0)
+    chosen = range(1, experts + 1) if experts in range(1, 1025) else range(1)
+    epsilon = "attention.layer_norm_rms_epsilon"
+    for key, default, sound, expected in (
+        ("block_count", 1, range(1, 513).__contains__, "1 to 512"),
+        ("expert_count", 0, range(1025).__contains__, "0 to 1024"),
+        ("expert_used_count", 0, chosen.__contains__, f"{chosen[0]} to {chosen[-1]} of {experts} experts"),
+        ("rope.scaling.type", "none", ("none", "linear", "yarn", "longrope").__contains__, "none, linear, yarn or longrope"),
+        (epsilon, 0.0, lambda value: isinstance(value, float) and value >= 0, "0 or more"),
     ):
-        value = fields.get(f"{arch}.{key}")
-        if value is not None and not sound(value):
+        value = fields.get(f"{arch}.{key}", default)
+        if not all(map(sound, value if isinstance(value, list) else [value])):  # a list has one for each layer
             raise GgufError(f"{path} says {arch}.{key} = {value!r}, expected {expected}. Download or make it again.")
     tokens = fields.get("tokenizer.ggml.tokens", [])
     told = [str(t).partition("\0")[0] for t in tokens] if isinstance(tokens, list) else [""]  # as C reads them
@@ -326,20 +455,22 @@ def _bytes_without_token(file: GgufFile) -> list[str]:
     return [name for byte in range(256) if (name := f"<0x{byte:02X}>") not in known and chr(byte) not in known]
 
 
-def _sampler(sampling: Sampling, n_vocab: int) -> object:
-    chain = lib.llama_sampler_chain_init(lib.llama_sampler_chain_default_params())
-    if sampling.repeat_penalty != 1:
-        lib.llama_sampler_chain_add(
-            chain, lib.llama_sampler_init_penalties(n_vocab, sampling.repeat_last_n, sampling.repeat_penalty, 0.0, 0.0)
-        )
-    if sampling.temperature <= 0:
-        lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_greedy())
-        return chain
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_k(sampling.top_k))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_top_p(sampling.top_p, 1))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_temp(sampling.temperature))
-    lib.llama_sampler_chain_add(chain, lib.llama_sampler_init_dist(sampling.seed))
-    return chain
+def _on_a_stack_of(nbytes: int, function: Callable[..., int], *arguments: Any) -> int:
+    """Call a function in a thread with so much stack; pages that it does not touch cost nothing."""
+    results: list[int] = []
+    thread = threading.Thread(target=lambda: results.append(function(*arguments)))
+    with _stack_size:
+        before = threading.stack_size(nbytes + (1 << 20) & ~0xFFFF)
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise EngineError(
+                f"there is no room for a stack of {nbytes} bytes to tokenize so long a text. Shorten it."
+            ) from error
+        finally:
+            threading.stack_size(before)
+    thread.join()
+    return results[0]
 
 
 def _complaint() -> str:

@@ -1,12 +1,14 @@
 """From a tokenizer's files to what a GGUF says of it, and back."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ..archs.hparams import rope
 from ..errors import UnsupportedVocab, VocabMismatch, listed
-from . import bpe, spm
+from . import bpe, spm, tiktoken
 from .special import add_special, read
 from .vocab import Kind, Vocab
 
@@ -14,15 +16,21 @@ __all__ = ["Vocab", "load", "write"]
 
 # What reading files of another form than a tokenizer's ends in; the chain of errors tells where.
 _MALFORMED = (ArithmeticError, AttributeError, LookupError, TypeError, ValueError, RecursionError)
+# Other forms of a tokenizer, and why they are not enough.
+_OTHER_FORMS = {
+    "vocab.json": " (vocab.json and merges.txt do not say how text is cut)",
+    "tekken.json": " (tekken.json is Mistral's own form, which cnq does not read)",
+}
 
 
-def load(folder: Path, rows: int) -> Vocab:
+def load(folder: Path, rows: int, *, scaled_rope: bool | None = None) -> Vocab:
     """The tokenizer of a model directory, for an embedding of `rows` rows.
 
+    scaled_rope: whether a LLaMA 3 is 3.1 or later, which LLaMA 3's tokenizer.model leaves open; None = as config.json says.
     Raises UnsupportedVocab (no tokenizer, or none that llama.cpp has), VocabMismatch (tokenizer of another model).
     """
     try:
-        vocab = _load(folder, rows)
+        vocab = _load(folder, rows, scaled_rope)
         # JSON can say tokens that are no text, and text that has no UTF-8 (a lone surrogate)
         "".join([*vocab.tokens, *(vocab.merges or ()), json.dumps(vocab.chat_template, ensure_ascii=False)]).encode()
     except _MALFORMED as error:
@@ -33,14 +41,20 @@ def load(folder: Path, rows: int) -> Vocab:
     return vocab
 
 
-def _load(folder: Path, rows: int) -> Vocab:
+def _load(folder: Path, rows: int, scaled_rope: bool | None) -> Vocab:
     tokenizer = read(folder / "tokenizer.json")
-    if (folder / "tokenizer.model").is_file():
+    model = folder / "tokenizer.model"
+    ranks = model.is_file() and tiktoken.is_ranks(model)
+    if model.is_file() and not ranks:
         vocab = spm.load_model(folder, rows)
+    elif ranks and not tokenizer:  # tokenizer.json says the same and more
+        if scaled_rope is None:
+            scaled_rope = rope(read(folder / "config.json"))["rope_type"] == "llama3"
+        vocab = tiktoken.load(model, rows, scaled_rope)
     elif not tokenizer:
-        slow = " (vocab.json and merges.txt do not say how text is cut)" if (folder / "vocab.json").is_file() else ""
+        found = next((why for name, why in _OTHER_FORMS.items() if (folder / name).is_file()), "")
         raise UnsupportedVocab(
-            f"{folder} has neither tokenizer.model nor tokenizer.json{slow}. Take them from the model's own repository."
+            f"{folder} has neither tokenizer.model nor tokenizer.json{found}. Take them from the model's own repository."
         )
     elif spm.is_sentencepiece_json(tokenizer):
         vocab = spm.load_json(folder, rows)
@@ -75,28 +89,32 @@ def _compare(folder: Path, vocab: Vocab, rows: int) -> None:
         vocab.notes.append(f"{spare} of {rows} embedding rows belong to no token: padding")
 
 
-def write(fields: dict[str, Any], folder: Path) -> None:
+def write(fields: dict[str, Any], folder: Path, sentencepiece: Path | None = None) -> None:
     """Write the tokenizer of a GGUF's metadata as Hugging Face files: same tokens, ids, kinds, special tokens, template.
 
+    sentencepiece: the tokenizer.model they were read from, to be taken as it is.
     Raises UnsupportedVocab.
     """
     model = fields.get("tokenizer.ggml.model")
     if model not in ("llama", "gpt2") or "tokenizer.ggml.token_type" not in fields:
         raise UnsupportedVocab(f"the GGUF's tokenizer is of type {model!r}; cnq can write llama and gpt2.")
     try:
-        _write(fields, folder)
+        _write(fields, folder, sentencepiece)
     except _MALFORMED as error:
         raise UnsupportedVocab(
             f"the GGUF's tokenizer is not in order ({type(error).__name__}: {error}). Download or make the GGUF again."
         ) from error
 
 
-def _write(fields: dict[str, Any], folder: Path) -> None:
+def _write(fields: dict[str, Any], folder: Path, sentencepiece: Path | None) -> None:
     model, tokens = fields["tokenizer.ggml.model"], fields["tokenizer.ggml.tokens"]
     # some converters write -1, or 2**32 - 1, for "none"
     none = [k for k, id in fields.items() if k.endswith("_token_id") and not (type(id) is int and 0 <= id < len(tokens))]
     fields = {key: value for key, value in fields.items() if key not in none}
-    (spm.write if model == "llama" else bpe.write)(fields, folder)
+    if sentencepiece:
+        shutil.copyfile(sentencepiece, folder / "tokenizer.model")
+    else:
+        (spm.write if model == "llama" else bpe.write)(fields, folder)
     names = {"bos": "bos", "eos": "eos", "unk": "unknown", "sep": "seperator", "pad": "padding", "mask": "mask"}
     config: dict[str, Any] = {
         f"{name}_token": tokens[fields[key]]

@@ -48,11 +48,20 @@ _DEEPSEEK_V3 = (
     r"""[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
 
+# Mistral's since Nemo
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
+    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 # (expressions, whether a word that is a token skips the merges) -> tokenizer.ggml.pre
 _PRE = {
     ((_gpt4("{1,3}"),), True): "llama-bpe",
     ((_gpt4("{1,3}"),), False): "smaug-bpe",  # LLaMA 3's expression, merges always followed
     ((_gpt4(""),), False): "qwen2",
+    ((_TEKKEN,), True): "tekken",
+    ((_TEKKEN,), False): "tekken",  # llama.cpp skips the merges all the same, as does Mistral's own tokenizer
     ((_DIGIT, _GPT2), False): "smollm",  # also StarCoder's and Command-R's: the same expressions under other names
     ((_GPT2,), False): "gpt-2",
     ((*_DEEPSEEK_LLM, _DIGITS), False): "deepseek-llm",
@@ -84,6 +93,11 @@ def load(folder: Path, rows: int) -> Vocab:
         _set(vocab, entry["id"], *added_kind(entry["content"], entry), rows)
     flag = read(folder / "tokenizer_config.json").get("add_prefix_space")
     vocab.add_space_prefix = flag if isinstance(flag, bool) else None
+    if pre == "tekken":
+        vocab.notes.append(
+            "llama.cpp cuts words at capitals of A-Z only, the tokenizer at any: text in accented Latin, Greek or Cyrillic "
+            "letters of mixed case, or with combining marks, may get other tokens"
+        )
     if normalizer := (tokenizer.get("normalizer") or {}).get("type"):
         vocab.notes.append(f"the tokenizer normalizes text ({normalizer}), llama.cpp does not: composed characters only matter")
     return vocab
@@ -197,8 +211,8 @@ def _post_processor(fields: dict[str, Any], tokens: list[str]) -> dict[str, Any]
     """What puts bos and eos around a text."""
     ends = {}
     for name in ("bos", "eos"):
-        # llama.cpp adds bos for LLaMA 3's pre-tokenizer when the file does not say
-        default = name == "bos" and fields.get("tokenizer.ggml.pre") == "llama-bpe"
+        # llama.cpp adds bos for these pre-tokenizers when the file does not say
+        default = name == "bos" and fields.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")
         if fields.get(f"tokenizer.ggml.add_{name}_token", default):
             ends[name] = fields[f"tokenizer.ggml.{name}_token_id"]
     if not ends:

@@ -25,7 +25,7 @@ def add_special(vocab: Vocab, folder: Path) -> None:
         if isinstance(id, int) and 0 <= id < len(vocab.tokens):
             vocab.special[name] = id
     vocab.special = {name: vocab.special[name] for name in _NAMES if name in vocab.special}
-    vocab.add = _added(vocab, read(folder / "tokenizer.json"), tokenizer_config)
+    vocab.add |= _added(vocab, read(folder / "tokenizer.json"), tokenizer_config)
     vocab.chat_template = _chat_template(folder, tokenizer_config)
 
 

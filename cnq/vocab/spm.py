@@ -30,8 +30,8 @@ def load_model(folder: Path, rows: int) -> Vocab:
         understood = False
     if not understood:
         raise UnsupportedVocab(
-            f"{path} is no SentencePiece model (Meta's LLaMA 3 keeps tiktoken ranks under this name). "
-            "Use the tokenizer.json of the model's Hugging Face repository."
+            f"{path} is no SentencePiece model, nor LLaMA 3's ranks. Download it again, or use the tokenizer.json of the "
+            "model's Hugging Face repository."
         )
     if model.trainer_spec.model_type != spm_pb2.TrainerSpec.BPE:
         kind = spm_pb2.TrainerSpec.ModelType.Name(model.trainer_spec.model_type)
@@ -43,7 +43,9 @@ def load_model(folder: Path, rows: int) -> Vocab:
     vocab.n_tokens = len(model.pieces)
     for id, piece in enumerate(model.pieces[:rows]):
         kind = Kind(piece.type)
-        vocab.set(id, piece.piece, Kind.NORMAL if kind == Kind.USER_DEFINED else kind, piece.score)
+        # llama.cpp looks for user-defined symbols before spaces become "▁"
+        text = piece.piece.replace("▁", " ") if kind == Kind.USER_DEFINED else piece.piece
+        vocab.set(id, text, kind, piece.score)
     for text, id in read(folder / "added_tokens.json").items():
         if vocab.has_row(id, rows):
             vocab.set(id, text, Kind.USER_DEFINED, ADDED_SCORE)
@@ -149,7 +151,8 @@ def write(fields: dict[str, Any], folder: Path) -> None:
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     unk = fields.get("tokenizer.ggml.unknown_token_id", 0)
     for id, (token, score, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.scores"], kinds, strict=True)):
-        model.pieces.add(piece=token, score=score, type=Kind.UNKNOWN if id == unk else _piece_kind(kind))
+        piece = token.replace(" ", "▁") if kind == Kind.USER_DEFINED else token
+        model.pieces.add(piece=piece, score=score, type=Kind.UNKNOWN if id == unk else _piece_kind(kind))
     trainer = model.trainer_spec
     trainer.model_type = spm_pb2.TrainerSpec.BPE
     trainer.vocab_size = len(tokens)

@@ -62,6 +62,12 @@ class Vocab:
         if self.chat_template is not None:
             writer.add_chat_template(self.chat_template)
 
+    def fields(self) -> dict[str, Any]:
+        """What a GGUF's metadata says of it."""
+        writer = gguf.GGUFWriter(path=None, arch="")
+        self.add_to(writer)
+        return {key: entry.value for key, entry in writer.kv_data[0].items() if key.startswith("tokenizer.")}
+
     def has_row(self, id: int, rows: int) -> bool:
         """Whether the embedding has a row for the token. Those it lacks are counted, and refused by vocab.load."""
         if id < 0:

@@ -6,7 +6,6 @@ from typing import Any
 
 import tiny
 
-OUTTYPES = ("f16", "bf16", "f32", "q8_0")
 _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
            "original_max_position_embeddings": 256}  # fmt: skip
 _YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "beta_fast": 32, "beta_slow": 1}
@@ -28,7 +27,24 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-gpt-2": {"family": "llama", "vocab": "gpt-2"},
     "llama-deepseek-llm": {"family": "llama", "vocab": "deepseek-llm"},
     "qwen2-tied-yarn": {"family": "qwen2", "vocab": "qwen2", "tie_word_embeddings": True, "rope_scaling": _YARN},
+    "llama-rope-dynamic": {"family": "llama", "vocab": "spm", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "llama-yi": {"family": "llama", "vocab": "spm-symbols", "rope_theta": 5000000.0},
+    "mistral-spm-bf16": {"family": "mistral", "vocab": "spm", "dtype": "BF16", "sliding_window": 256},
+    "mistral-tekken": {"family": "mistral", "vocab": "tekken", "head_dim": 32},
+    "mixtral-spm-f16": {"family": "mixtral", "vocab": "spm"},
+    "mixtral-spm-f32": {"family": "mixtral", "vocab": "spm", "dtype": "F32", "shards": 3},
+    "qwen3-bf16": {"family": "qwen3", "vocab": "qwen2", "dtype": "BF16"},
+    "qwen3-tied": {"family": "qwen3", "vocab": "qwen2", "tie_word_embeddings": True},
+    "internlm2-f16": {"family": "internlm2", "vocab": "spm-unused", "rope_scaling": {"type": "dynamic", "factor": 2.0}},
+    "internlm2-bf16": {"family": "internlm2", "vocab": "spm", "dtype": "BF16", "num_key_value_heads": 1},
+    "baichuan-7b": {"family": "baichuan-7b", "vocab": "spm"},
+    "baichuan2-7b": {"family": "baichuan2-7b", "vocab": "spm"},
 }
+
+
+def outtypes(case: str) -> tuple[str, ...]:
+    """Of Baichuan's 32 layers one type is enough: the other cases show the types."""
+    return ("f16",) if case.startswith("baichuan") else ("f16", "bf16", "f32", "q8_0")
 
 
 def make(case: str, folder: Path) -> Path:
