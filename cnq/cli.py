@@ -95,9 +95,9 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
         from .chat import open_chat
 
         question = prompt or result.question
-        with open_chat(result.result, format=options["format"], threads=options["threads"]) as talk:
+        with open_chat(result.result, format=options["format"], threads=options["threads"], max_tokens=256) as talk:
             click.echo(f"\n>>> {question}")
-            terminal.stream(talk.ask(question, max_tokens=256))
+            terminal.stream(talk.ask(question))
 
 
 @cli.command()
@@ -456,31 +456,40 @@ def ollama(
 @click.argument("gguf", type=FILE)
 @click.option("--prompt", help="Ask this, print the answer, and end.")
 @click.option("--system", help="What the model is told first.")
+@click.option("--session", type=FILE, help="Go on with the conversation in this file, or begin it; it is kept there.")
 @FORMAT
-@click.option("--ctx", "n_ctx", type=click.IntRange(64), help="Context in tokens.  [default: the model's, at most 4096]")
-@click.option("--max-tokens", type=click.IntRange(1), default=1024, show_default=True, help="Of one answer.")
+@click.option("--ctx", "n_ctx", type=click.IntRange(64),
+              help="Context in tokens.  [default: the model's, at most 4096, and what the memory holds]")  # fmt: skip
+@click.option("--max-tokens", type=click.IntRange(1), help="Of one answer.  [default: 1024]")
 @click.option("--temperature", type=click.FloatRange(0), help="0 = always the likeliest.  [default: the authors' setting]")
+@click.option("--no-prompt-cache", is_flag=True, help="Do not keep the computed system text for the next start.")
 @THREADS
 @JSON
-def chat(gguf: Path, prompt: str | None, as_json: bool, max_tokens: int, temperature: float | None, **options: Any) -> None:
-    """Talk with a GGUF in the terminal; Ctrl-C stops an answer, Ctrl-D ends the conversation.
+def chat(gguf: Path, prompt: str | None, session: Path | None, no_prompt_cache: bool, as_json: bool, **options: Any) -> None:
+    """Talk with a GGUF in the terminal; Ctrl-C stops an answer, Ctrl-D ends the conversation, /help lists the commands.
 
     \b
     cnq chat model-Q4_K_M.gguf
+    cnq chat model-Q4_K_M.gguf --session trip.json
     cnq chat model-Q4_K_M.gguf --prompt 用一句话解释什么是量化
     """
-    from .chat import converse, open_chat
+    from .chat import converse
+    from .sessions import opened
 
     if as_json and prompt is None:
         raise click.UsageError("--json needs --prompt.")
-    with open_chat(gguf, **options) as talk:
-        if prompt is None:
-            converse(talk, _question(), terminal.stream, max_tokens, temperature)
+    with opened(gguf, session, cached=not no_prompt_cache, **options) as kept:
+        if prompt is None and sys.stdin.isatty() and sys.stdout.isatty():
+            from .chat_terminal.talk import talk
+
+            talk(kept)
+        elif prompt is None:
+            converse(kept.chat, input, lambda pieces: terminal.show_answer(kept, pieces))
         elif as_json:
-            answer = "".join(talk.ask(prompt, max_tokens, temperature))
-            terminal.emit({"prompt": prompt, "answer": answer}, True, click.echo)
+            answer = "".join(kept.chat.ask(prompt))
+            terminal.emit({"prompt": prompt, "answer": answer, "how": kept.chat.last}, True, click.echo)
         else:
-            terminal.stream(talk.ask(prompt, max_tokens, temperature))
+            terminal.show_answer(kept, kept.chat.ask(prompt))
 
 
 @cli.command()
@@ -498,7 +507,7 @@ def chat(gguf: Path, prompt: str | None, as_json: bool, max_tokens: int, tempera
 def serve(gguf: Path, as_json: bool, **options: Any) -> None:
     """Serve a GGUF to OpenAI's clients: chat completions, completions, embeddings, models, health.
 
-    
+    \b
     cnq serve model-Q4_K_M.gguf
     CNQ_API_KEY=... cnq serve model-Q4_K_M.gguf --host 0.0.0.0 --parallel 2
     """
@@ -523,16 +532,6 @@ def web(gguf: Path, as_json: bool, **options: Any) -> None:
     from .web import serve_page
 
     serve_page(gguf, ready=lambda serving: terminal.emit(serving, as_json, terminal.show_page), **options)
-
-
-def _question() -> Callable[[], str]:
-    """What reads the user's next question: a line editor that knows wide characters; on a pipe, plain lines."""
-    if not sys.stdin.isatty():
-        return input
-    from prompt_toolkit import PromptSession
-
-    session: Any = PromptSession(">>> ")
-    return session.prompt
 
 
 def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:

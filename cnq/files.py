@@ -37,7 +37,8 @@ def replacing(dst: Path, *, force: bool = False, need: int = 0, folder: bool = F
         if dst.exists() and not force:
             raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
         partial = dst.with_name(dst.name + PARTIAL)
-        with _made(dst.parent), _locked(partial, dst):
+        busy = f"{dst} is being written by another cnq. Wait for it, or name another output."
+        with _made(dst.parent), locked(partial, busy):
             try:
                 _remove(partial)
                 require_space(dst.parent, need)
@@ -70,8 +71,9 @@ def _made(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(partial: Path, dst: Path) -> Iterator[None]:
-    path = partial.with_name(partial.name + ".lock")
+def locked(file: Path, busy: str) -> Iterator[None]:
+    """Keep other cnqs from `file`, there or not. Raises OSError, and CnqError with the words `busy`."""
+    path = file.with_name(file.name + ".lock")
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -79,7 +81,7 @@ def _locked(partial: Path, dst: Path) -> Iterator[None]:
     except Timeout:
         if not path.exists():  # filelock takes a folder without room for files (/proc) for a busy one
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        raise CnqError(f"{dst} is being written by another cnq. Wait for it, or name another output.") from None
+        raise CnqError(busy) from None
     finally:
         if lock.is_locked:
             with suppress(OSError):  # Windows cannot remove an open file; there filelock does it

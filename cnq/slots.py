@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from .chat import MAX_CTX
+from .context import MAX_CTX
 from .engine.model import Model
 from .errors import CnqError, NoSpace
 from .gguf_file import GgufFile

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .inspection import Inspected
     from .quantize import Plan
     from .serve import Serving
+    from .sessions import Session
 
 
 def emit(result: Any, as_json: bool, show: Callable[[Any], object]) -> None:
@@ -235,9 +236,22 @@ def show_serving(serving: "Serving") -> None:
 
 def stream(pieces: Iterator[str]) -> None:
     """Print an answer as it comes."""
+    if sys.stdout.isatty():
+        from .chat_terminal.wrapping import clusters, printable
+
+        pieces = map(printable, clusters(pieces))
     for piece in pieces:
         click.echo(piece, nl=False)
     click.echo()
+
+
+def show_answer(session: "Session", pieces: Iterator[str]) -> None:
+    """Print an answer as it comes, then what should be said of it, on stderr; the conversation is kept."""
+    stream(pieces)
+    for note in session.chat.notes:
+        click.echo(f"note: {one_line(note)}", err=True)
+    session.chat.notes.clear()
+    session.save()
 
 
 class Progress:

@@ -12,12 +12,13 @@ CNQ = ROOT / "cnq"
 ORDER = [
     "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
     "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
-    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "chat", "answer",
-    "slots", "serve", "web", "ollama", "build", "terminal", "doctor_text", "cli", "__main__",
+    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
+    "prompt_cache", "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build",
+    "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],
-         "jinja2": ["prompts"]}  # fmt: skip
+         "jinja2": ["prompts"], "prompt_toolkit": ["chat_terminal"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:

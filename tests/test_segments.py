@@ -188,7 +188,7 @@ def test_a_chat_stops_at_an_end_that_llama_cpp_does_not_know(tmp_path):
         chat = Chat(model, style)
         said = model.tokenize("好的", add_special=False, parse_special=False)
         model.generate = lambda *_: iter([*said, style.end, *said])  # a model that was trained with this template
-        assert "".join(chat.ask("你好", 9)) == "好的"
+        assert "".join(chat.ask("你好")) == "好的"
     (note,) = inspect(path).notes
     assert "<|stop|>, which is none of the tokens that llama.cpp stops at" in note
     assert "eos_token" in note

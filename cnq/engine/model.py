@@ -2,22 +2,29 @@
 
 import copy
 import ctypes
+import hashlib
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
+from itertools import compress, count
+from operator import ne
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import llama_cpp
 import llama_cpp.llama_cpp as lib
 import numpy as np
 
-from ..errors import EngineError, GgufError, Interrupted, listed
+from ..errors import EngineError, GgufError, Interrupted, SessionError, listed
+from ..files import replacing
 from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..machine import physical_cores
 from ..prompts import token_text
 from ..tuning import PLAIN, Tuned
-from . import ggml
+from . import ggml, state
 from .sampler import Sampler, Sampling
 
 _log: list[str] = []  # llama.cpp's last lines; it tells the reason of a failure nowhere else
@@ -68,7 +75,7 @@ class Model:
         """
         file = GgufFile(path)  # a file that is no GGUF is refused here, before native code sees it
         _refuse_fatal(file)
-        self.fields = file.fields
+        self.path, self.fields, self._file = path, file.fields, file
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
         params.use_extra_bufts = tuned.repack and not _AMX
@@ -263,16 +270,6 @@ class Model:
         token, what that token was drawn from."""
         return np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, -1), (self.n_vocab,))
 
-    @property
-    def n_seen(self) -> int:
-        """How many tokens are in the context; may be asked from another thread while the model computes."""
-        return len(self._seen)
-
-    def holds(self, tokens: Sequence[int]) -> int:
-        """How many of the first tokens are in the context already."""
-        n = min(len(tokens), len(self._seen))
-        return next((i for i in range(n) if tokens[i] != self._seen[i]), n)
-
     def _go_on(self, prompt: Sequence[int]) -> None:
         """Bring the context to the end of the prompt."""
         if not prompt or len(prompt) >= self.n_ctx:
@@ -281,6 +278,69 @@ class Model:
         self._forget(common)
         for start in range(common, len(prompt), self.n_batch):
             self._decode(prompt[start : start + self.n_batch], start, 1)
+
+    @property
+    def n_seen(self) -> int:
+        """How many tokens are in the context; may be asked from another thread while the model computes."""
+        return len(self._seen)
+
+    def holds(self, tokens: Sequence[int]) -> int:
+        """How many of the first tokens are in the context already."""
+        differs = compress(count(), map(ne, tokens, self._seen))
+        return next(differs, min(len(tokens), len(self._seen)))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Bring the context to the end of the tokens, without logits: for what comes after them."""
+        common = self.holds(tokens)
+        self._forget(common)
+        for start in range(common, len(tokens), self.n_batch):
+            self._decode(tokens[start : start + self.n_batch], start, 0)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the weights; see state.fingerprint."""
+        return state.fingerprint(self._file).hex()
+
+    @cached_property
+    def identity(self) -> str:
+        """Equal for contexts that can go on from each other's state: same weights, llama.cpp, and form of the cache."""
+        p = self._params
+        form = (llama_cpp.__version__, p.type_k, p.type_v, p.flash_attn_type, p.rope_freq_base, p.rope_freq_scale)
+        return hashlib.sha256(f"{self.fingerprint} {form}".encode()).hexdigest()
+
+    @property
+    def state_bytes(self) -> int:
+        """About what save_state writes now."""
+        return int(lib.llama_state_seq_get_size(self._ctx, 0)) + 4 * len(self._seen)
+
+    def save_state(self, path: Path) -> None:
+        """Write the context, tokens with their keys and values, for load_state; `path` is replaced.
+
+        Raises NoSpace, CnqError (not writable), EngineError (nothing in the context, or a kind of model without a plain cache).
+        """
+        if not self._seen:
+            raise EngineError("the context is empty: there is no state to keep.")
+        tokens = (lib.llama_token * len(self._seen))(*self._seen)
+        with replacing(path, force=True, need=self.state_bytes) as partial:
+            if not lib.llama_state_seq_save_file(self._ctx, os.fsencode(partial), 0, tokens, len(tokens)):
+                raise EngineError(f"llama.cpp cannot write {partial}: {_complaint()}")
+            state.seal(partial, bytes.fromhex(self.identity))
+
+    def load_state(self, path: Path) -> int:
+        """Take over a context that save_state wrote: the number of its tokens. Without it, the context stays as it is.
+
+        Raises SessionError: damaged, of another model, longer than this context.
+        """
+        tokens = state.unsealed(path, bytes.fromhex(self.identity))
+        if len(tokens) > self.n_ctx:
+            raise SessionError(f"{path} holds {len(tokens)} tokens, the context {self.n_ctx}. Raise --ctx, or delete it.")
+        self._forget(0)
+        room, n = (lib.llama_token * len(tokens))(), ctypes.c_size_t()
+        if not lib.llama_state_seq_load_file(self._ctx, os.fsencode(path), 0, room, len(tokens), ctypes.byref(n)):
+            self._forget(0)
+            raise SessionError(f"{path} was refused by llama.cpp: {_complaint()} Delete it: it will be computed again.")
+        self._seen = tokens
+        return len(tokens)
 
     def check(self, sampling: Sampling) -> None:
         """Raise EngineError for a grammar that `generate` could not follow."""

@@ -199,9 +199,9 @@ class _Talk:
 
         def work(model: Model, put: Put) -> None:
             model.use_threads(self._slots.threads())
-            chat = Chat(model, replace(self._style, sampling=sampling), system.strip() or None)
+            chat = Chat(model, self._style, system.strip() or None, sampling=sampling, max_tokens=int(max_tokens))
             chat.messages += history[:-1]
-            for piece in chat.ask(history[-1]["content"], int(max_tokens)):
+            for piece in chat.ask(history[-1]["content"]):
                 put(piece)
 
         yield self.shown(history, question, running=True)
