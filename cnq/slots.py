@@ -181,6 +181,9 @@ class Embedders:
         """(hidden size,) float32 of length 1. Raises as Slots.start and Model.embedding do."""
         async with self._making:
             if not self._slots:
+                need, free = self._model.context_bytes, free_memory()
+                if need > free:
+                    raise NoSpace(f"a context for embeddings takes {decimal(need)}, {decimal(free)} of memory are free.")
                 self._slots = Slots([await asyncio.to_thread(self._model.embedder)], self._queue)
         turn = self._slots.start(lambda model, put: put(model.embedding(tokens)))
         try:

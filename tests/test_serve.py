@@ -421,6 +421,8 @@ def test_pages_in_a_browser_may_ask_only_when_they_were_named(server, guarded):
     # What a page can send without asking first, and a name of its own for 127.0.0.1:
     assert server.request("POST", "/v1/chat/completions", {}, {"Content-Type": "text/plain"})[0] == 415
     assert server.request("GET", "/v1/models", headers={"Host": "evil.example"})[0] == 403
+    assert server.request("GET", "/v1/models", headers={"Origin": "http://evil.example"})[0] == 403
+    assert server.request("GET", "/v1/models", headers={"Origin": "null"})[0] == 403
     assert server.request("GET", "/v1/models", headers={"Host": "localhost:1"})[0] == 200
 
 

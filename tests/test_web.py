@@ -122,9 +122,9 @@ def test_a_conversation_in_the_browser(browser, endless, tmp_path):
 
     with page_of(endless) as (told, process):
         url = told["url"]
-        request = urllib.request.Request(url, headers={"Host": "evil.example"})
-        with pytest.raises(urllib.error.HTTPError, match="403"):
-            urllib.request.urlopen(request, timeout=10)
+        for headers in ({"Host": "evil.example"}, {"Origin": "https://evil.example"}):
+            with pytest.raises(urllib.error.HTTPError, match="403"):
+                urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10)
         asked, problems = [], []
         context = browser.new_context(locale="zh-CN", accept_downloads=True, viewport={"width": 1280, "height": 860})
         page = context.new_page()

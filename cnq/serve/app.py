@@ -39,7 +39,8 @@ class Access:
     """Who may ask. key: None = everybody. hosts: names that requests may call this server by; None = any.
 
     Without a key, only the names of this machine's loopback are allowed: else a page in the user's browser could have its own
-    name resolved to 127.0.0.1 and read the answers. origins: of pages that browsers let read the answers.
+    name resolved to 127.0.0.1 and read the answers; and only pages of this machine may ask at all. origins: of other pages that
+    may ask and read the answers; * = any.
     """
 
     key: str | None = None
@@ -81,9 +82,15 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _objection(self, path: str, headers: Headers) -> ApiError | None:
-        if self._access.hosts is not None and _host(headers.get("host", "")) not in self._access.hosts:
+        hosts, origin = self._access.hosts, headers.get("origin")
+        if hosts is not None and _host(f"//{headers.get('host', '')}") not in hosts:
             return ApiError(403, "without an API key this server answers to the names of its own machine only.",
                             code="wrong_host")  # fmt: skip
+        known = origin is None or origin in self._access.origins or "*" in self._access.origins
+        if hosts is not None and not known and _host(origin or "") not in hosts:
+            return ApiError(
+                403, f"without an API key this server answers no page of {origin}; see --cors.", code="wrong_origin"
+            )
         if self._access.key is None or path == "/health":
             return None
         scheme, _, key = headers.get("authorization", "").partition(" ")
@@ -94,9 +101,9 @@ class Guard:
                         code="invalid_api_key")  # fmt: skip
 
 
-def _host(header: str) -> str | None:
+def _host(url: str) -> str | None:
     try:
-        return urlsplit(f"//{header}").hostname
+        return urlsplit(url).hostname
     except ValueError:
         return None
 

@@ -5,6 +5,7 @@ import errno
 import ipaddress
 import os
 import socket
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from ..slots import Embedders, open_slots
 from .app import Access, loopback_names, make_app
 
 QUEUE = 64  # requests that wait, by default
-GRACE = 3.0  # seconds that running answers get to end by themselves when the server is told to stop
+_GRACE = 3.0  # seconds that running answers get to end by themselves when the server is told to stop
+_LAST = 1.0  # seconds for the last bytes to be read
 _CONNECTIONS = 512  # at a time; beyond them uvicorn answers 503 by itself
 
 
@@ -72,7 +74,7 @@ def serve(
             embedders = Embedders(slots.model, queue)
 
             async def stop() -> None:
-                await slots.stop(GRACE)
+                await slots.stop(_GRACE)
                 await embedders.stop()
 
             serving = Serving(url, name, slots.n_slots, queue, slots.model.n_ctx, notes)
@@ -111,10 +113,10 @@ def run(app: ASGIApp, listener: socket.socket, stop: Callable[[], Awaitable[None
         ws="none",
         lifespan="auto",
         log_config=None,
+        log_level="error",
         access_log=False,
         server_header=False,
         limit_concurrency=_CONNECTIONS,
-        timeout_graceful_shutdown=round(GRACE) + 2,
     )
     asyncio.run(_Server(config, stop, ready).serve(sockets=[listener]))
 
@@ -129,9 +131,18 @@ class _Server(uvicorn.Server):
         self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        stopping = asyncio.ensure_future(self._stop())
+        ending = asyncio.ensure_future(self._end())
         await super().shutdown(sockets)
-        await stopping
+        await ending
+
+    async def _end(self) -> None:
+        """Have uvicorn, which waits for all connections, not wait for those who read no more, or for ever."""
+        await self._stop()
+        until = time.monotonic() + _LAST
+        while self.server_state.connections and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """As uvicorn's, but the signal is not raised again in the end: to be told to stop is no failure."""

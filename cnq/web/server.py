@@ -12,7 +12,7 @@ from ..chat import Style, style_of
 from ..errors import CnqError
 from ..gguf_file import GgufFile
 from ..serve.app import Access, Guard, loopback_names
-from ..serve.server import GRACE, Serving, listening, run
+from ..serve.server import Serving, listening, run
 from ..slots import Slots, open_slots
 
 QUEUE = 8  # questions that wait
@@ -44,7 +44,7 @@ def serve_page(
     ):
         app = _app(slots, style, gguf.stem, port)
         serving = Serving(url, gguf.stem, slots.n_slots, QUEUE, slots.model.n_ctx, notes)
-        run(app, listener, lambda: slots.stop(GRACE), lambda: ready(serving))
+        run(app, listener, lambda: slots.stop(0), lambda: ready(serving))
 
 
 def _app(slots: Slots, style: Style, name: str, port: int) -> ASGIApp:
