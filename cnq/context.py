@@ -1,20 +1,17 @@
 """How long a context a model gets: what it was trained with, what was asked for, and what the memory holds."""
 
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-import psutil
 from rich.filesize import decimal
 
 from .errors import NoSpace
 from .gguf_file import GgufFile
+from .machine import free_memory
 
 MAX_CTX = 4096  # tokens, unless more are asked for; longer contexts cost memory from the start
 MIN_CTX = 512  # however little memory there is
 _STEP = 256  # llama.cpp rounds a context up to it
 _BATCH = 512  # tokens computed at once
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ def choose_context(file: GgufFile, wanted: int | None = None, free: int | None =
     Raises NoSpace when what was asked for does not fit.
     """
     free = free_memory() if free is None else free
-    trained = file.fields.get(f"{file.arch}.context_length")
-    trained = trained if isinstance(trained, int) and trained > 0 else None
+    trained = file.n_ctx
     each, buffers = max(1, cache_bytes(file)), _buffers(file)
     if wanted:
         if each * wanted + buffers > free:
@@ -61,18 +57,7 @@ def choose_context(file: GgufFile, wanted: int | None = None, free: int | None =
 
 def cache_bytes(file: GgufFile) -> int:
     """Bytes of keys and values of one token, as float16; 0 when the metadata do not say it."""
-
-    def number(key: str, default: int = 0) -> int:
-        value = file.fields.get(f"{file.arch}.{key}", default)
-        return value if isinstance(value, int) else default
-
-    layers, heads, width = (number(k) for k in ("block_count", "attention.head_count", "embedding_length"))
-    if not heads:
-        return 0
-    per_head = number("attention.key_length", width // heads) + number("attention.value_length", width // heads)
-    groups = file.fields.get(f"{file.arch}.attention.head_count_kv", heads)
-    of_layers = groups if isinstance(groups, list) else [groups] * min(layers, 512)
-    return 2 * per_head * sum(n for n in of_layers if isinstance(n, int))
+    return 2 * file.kv_width
 
 
 def _buffers(file: GgufFile) -> int:
@@ -80,14 +65,3 @@ def _buffers(file: GgufFile) -> int:
     tokens, width = file.fields.get("tokenizer.ggml.tokens"), file.fields.get(f"{file.arch}.embedding_length")
     n_vocab = len(tokens) if isinstance(tokens, list) else 0
     return 4 * _BATCH * (n_vocab + 16 * (width if isinstance(width, int) else 0))
-
-
-def free_memory() -> int:
-    """Bytes that a new program may take: the machine's, or what the container (cgroup v2) still allows."""
-    free = int(psutil.virtual_memory().available)
-    with suppress(OSError, ValueError, StopIteration):  # no container, or no limit ("max")
-        limit, used = (int((_CGROUP / f"memory.{name}").read_text()) for name in ("max", "current"))
-        lines = (_CGROUP / "memory.stat").read_text().splitlines()
-        cached = next(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
-        free = min(free, limit - used + cached)
-    return free

@@ -227,8 +227,7 @@ def open_slots(
 
 
 def _context(file: GgufFile, wanted: int | None) -> int:
-    trained = file.fields.get(f"{file.arch}.context_length")
-    trained = trained if isinstance(trained, int) and trained > 0 else MAX_CTX
+    trained = file.n_ctx or MAX_CTX
     if wanted and wanted > trained:
         raise CnqError(f"{file.path} was trained with {trained} tokens of context, --ctx says {wanted}. Lower it.")
     return wanted or min(trained, MAX_CTX)

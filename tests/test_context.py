@@ -2,8 +2,8 @@
 
 import pytest
 
-from cnq import context
-from cnq.context import cache_bytes, choose_context, free_memory
+from cnq import context, machine
+from cnq.context import cache_bytes, choose_context
 from cnq.errors import NoSpace
 from cnq.gguf_file import GgufFile
 
@@ -70,18 +70,16 @@ def test_a_wish_beyond_the_training_is_granted_with_a_warning(gguf):
     ],
 )  # fmt: skip
 def test_odd_metadata_do_not_stop_it(fields, expected):
-    class File:
-        arch = "llama"
-
-    File.fields = fields
-    assert cache_bytes(File()) == expected
+    file = GgufFile.__new__(GgufFile)
+    file.fields = {"general.architecture": "llama", **fields}
+    assert cache_bytes(file) == expected
 
 
 def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
-    monkeypatch.setattr(context, "_CGROUP", tmp_path)
-    assert free_memory() > 100 * MB
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert machine.free_memory() > 100 * MB
     for name, text in {"max": f"{50 * MB}\n", "current": f"{30 * MB}\n", "stat": f"anon 5\ninactive_file {10 * MB}\n"}.items():
         (tmp_path / f"memory.{name}").write_text(text)
-    assert free_memory() == 30 * MB
+    assert machine.free_memory() == 30 * MB
     (tmp_path / "memory.max").write_text("max\n")
-    assert free_memory() > 100 * MB
+    assert machine.free_memory() > 100 * MB
