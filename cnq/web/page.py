@@ -22,7 +22,7 @@ _SAVE = """(text, name) => {
 CSS = "#chat .message { line-height: 1.7; } #language { padding-top: 6px; }"
 # The reader's own: Gradio's themes fetch theirs from Google.
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif")
-MONO_FONTS = ("ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace")
+MONO_FONTS = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace")
 
 
 def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
