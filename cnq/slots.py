@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from rich.filesize import decimal
 
-from .context import MAX_CTX
+from .context import choose_context
 from .engine.model import Model
 from .errors import CnqError, NoSpace
 from .gguf_file import GgufFile
@@ -205,13 +205,13 @@ def open_slots(
     """Load a GGUF with a context for each of `parallel` answers: the slots, and what the user should know.
 
     parallel: None = one for every CORES_OF_A_SLOT threads, at most MOST_SLOTS, and what fits into memory. n_ctx: tokens of
-    each; None = what the model was trained with, at most MAX_CTX. threads: of all together; 0 = what `cnq bench`
+    each, see choose_context. threads: of all together; 0 = what `cnq bench`
     chose, or physical cores.
-    Raises GgufError, EngineError, NoSpace, and CnqError for a context longer than the model was trained with.
+    Raises GgufError, EngineError, NoSpace.
     """
-    file = GgufFile(gguf)
+    context = choose_context(GgufFile(gguf), n_ctx)
     with ExitStack() as stack:
-        model = stack.enter_context(Model(gguf, n_ctx=_context(file, n_ctx), n_threads=threads, tuned=best(gguf)))
+        model = stack.enter_context(Model(gguf, n_ctx=context.n_ctx, n_threads=threads, tuned=best(gguf)))
         wanted = parallel or min(MOST_SLOTS, max(1, model.n_threads // CORES_OF_A_SLOT))
         free = free_memory()
         fitting = 1 + free // model.context_bytes
@@ -222,12 +222,5 @@ def open_slots(
             )
         n = min(wanted, fitting)
         models = [model, *(stack.enter_context(model.fork()) for _ in range(n - 1))]
-        notes = () if n == wanted else (f"memory holds {n} contexts of {model.n_ctx} tokens, not {wanted}",)
-        yield Slots(models, queue), notes
-
-
-def _context(file: GgufFile, wanted: int | None) -> int:
-    trained = file.n_ctx or MAX_CTX
-    if wanted and wanted > trained:
-        raise CnqError(f"{file.path} was trained with {trained} tokens of context, --ctx says {wanted}. Lower it.")
-    return wanted or min(trained, MAX_CTX)
+        fewer = () if n == wanted else (f"memory holds {n} contexts of {model.n_ctx} tokens, not {wanted}",)
+        yield Slots(models, queue), (*context.notes, *fewer)

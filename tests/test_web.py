@@ -184,6 +184,20 @@ def test_a_conversation_in_the_browser(browser, endless, tmp_path):
         expect(users).to_have_count(1)
         expect(box).to_have_value("第二个问题")
 
+        # A full context: the oldest turn goes, and the page says so.
+        box.fill("量" * 2500)
+        send.click()
+        expect(bot).to_have_count(2)
+        expect(send).to_be_visible()
+        box.fill("化" * 2500)
+        send.click()
+        expect(page.get_by_text("Turns the model forgets: 2.")).to_be_visible()
+        expect(bot).to_have_count(3)
+        expect(send).to_be_visible()
+        undo.click()
+        undo.click()
+        expect(users).to_have_count(1)
+
         # Files.
         page.locator("#system textarea").fill("简短。")
         for id, ending in (("json", ".json"), ("markdown", ".md")):

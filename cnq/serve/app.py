@@ -1,51 +1,33 @@
-"""The routes: OpenAI's requests to a model in slots, and what keeps strangers out."""
+"""The routes: OpenAI's requests to a model in slots."""
 
 import asyncio
-import hmac
-import json
-from collections.abc import AsyncIterator, Awaitable
-from dataclasses import dataclass
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from collections.abc import Awaitable
+from typing import TypeVar
 
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
-from ..answer import Ask, End, Piece, answer
+from ..answer import Ask, answer
 from ..chat import Style, prompt_tokens
 from ..engine.model import Model, Sampling
-from ..errors import CnqError, EngineError, Interrupted, PromptError
-from ..slots import Busy, Embedders, Put, Slots, Stopping, Turn
+from ..errors import CnqError, EngineError
+from ..slots import Embedders, Put, Slots, Turn
+from .access import Access, Guard
+from .events import Events
 from .protocol import ApiError, ChatRequest, CompletionRequest, EmbeddingRequest, parsed
 from .protocol import Request as Wanted
+from .refusals import nobody, our_bug, refused
 from .replies import ChatReply, CompletionReply, Reply, embeddings
 
 MAX_BODY = 4 << 20  # bytes; more than any context holds
 _DRAINED = 4 * MAX_BODY  # read and thrown away of a larger one, so that the client gets to read the refusal
-_PATIENCE = 15  # seconds between signs of life while a prompt waits or is read: proxies give up on a silent connection
 
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Access:
-    """Who may ask. key: None = everybody. hosts: names that requests may call this server by; None = any.
-
-    Without a key, only the names of this machine's loopback are allowed: else a page in the user's browser could have its own
-    name resolved to 127.0.0.1 and read the answers; and only pages of this machine may ask at all. origins: of other pages that
-    may ask and read the answers; * = any.
-    """
-
-    key: str | None = None
-    hosts: tuple[str, ...] | None = None
-    origins: tuple[str, ...] = ()
 
 
 def make_app(slots: Slots, embedders: Embedders, style: Style, model: str, created: int, access: Access) -> Starlette:
@@ -65,47 +47,8 @@ def make_app(slots: Slots, embedders: Embedders, style: Style, model: str, creat
             Route("/v1/embeddings", api.embedding, methods=["POST"]),
         ],
         middleware=middleware,
-        exception_handlers={CnqError: _refused, HTTPException: _refused, ClientDisconnect: _nobody, Exception: _our_bug},
+        exception_handlers={CnqError: refused, HTTPException: refused, ClientDisconnect: nobody, Exception: our_bug},
     )
-
-
-class Guard:
-    """Middleware that lets in whom Access allows."""
-
-    def __init__(self, app: ASGIApp, access: Access):
-        self._app, self._access = app, access
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and (error := self._objection(scope["path"], Headers(scope=scope))):
-            await _response(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _objection(self, path: str, headers: Headers) -> ApiError | None:
-        hosts, origin = self._access.hosts, headers.get("origin")
-        if hosts is not None and _host(f"//{headers.get('host', '')}") not in hosts:
-            return ApiError(403, "without an API key this server answers to the names of its own machine only.",
-                            code="wrong_host")  # fmt: skip
-        known = origin is None or origin in self._access.origins or "*" in self._access.origins
-        if hosts is not None and not known and _host(origin or "") not in hosts:
-            return ApiError(
-                403, f"without an API key this server answers no page of {origin}; see --cors.", code="wrong_origin"
-            )
-        if self._access.key is None or path == "/health":
-            return None
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        right = hmac.compare_digest(key.strip().encode("latin-1"), self._access.key.encode())
-        if right and scheme.lower() == "bearer":
-            return None
-        return ApiError(401, "wrong API key." if key else "this server wants an API key: Authorization: Bearer KEY.",
-                        code="invalid_api_key")  # fmt: skip
-
-
-def _host(url: str) -> str | None:
-    try:
-        return urlsplit(url).hostname
-    except ValueError:
-        return None
 
 
 class _Api:
@@ -113,7 +56,8 @@ class _Api:
         self._slots, self._embedders, self._style, self._name = slots, embedders, style, name
         self._model = slots.model  # for its vocabulary alone
         self._described = {"id": name, "object": "model", "created": created, "owned_by": "cnq"}
-        self._longest = max(len(str(token).encode()) for token in self._model.fields["tokenizer.ggml.tokens"])
+        tokens = self._model.fields.get("tokenizer.ggml.tokens", [])
+        self._longest = max((len(str(token).encode()) for token in tokens), default=1)
 
     async def health(self, request: Request) -> Response:
         s = self._slots
@@ -215,7 +159,7 @@ class _Api:
 
         turn = self._slots.start(work, ask.prompt)
         if wanted.stream:
-            return _Events(turn, reply)
+            return Events(turn, reply)
         try:
             return await _unless_gone(request, _whole(turn, reply))
         finally:
@@ -225,61 +169,6 @@ class _Api:
 async def _whole(turn: Turn, reply: Reply) -> Response:
     *pieces, end = [part async for part in turn]
     return JSONResponse(reply.whole(pieces, end))
-
-
-class _Events(StreamingResponse):
-    """The pieces of an answer as server-sent events, as they come."""
-
-    def __init__(self, turn: Turn, reply: Reply):
-        self._turn = turn
-        super().__init__(_events(turn, reply), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._turn.close()  # also when the client was gone before the first event
-
-
-async def _events(turn: Turn, reply: Reply) -> AsyncIterator[str]:
-    for chunk in reply.chunks_before():
-        yield _event(chunk)
-    try:
-        async for part in _patiently(turn):
-            match part:
-                case Piece():
-                    yield _event(reply.chunk(part))
-                case End():
-                    for chunk in reply.chunks_after(part):
-                        yield _event(chunk)
-                case None:
-                    yield ": still working\n\n"
-    except CnqError as error:
-        yield _event(_as_api(error).body())
-    yield "data: [DONE]\n\n"
-
-
-async def _patiently(turn: Turn) -> AsyncIterator[Any]:
-    """What comes of a turn, and None whenever that takes long."""
-    parts = aiter(turn)
-    coming = asyncio.ensure_future(anext(parts))
-    try:
-        while True:
-            await asyncio.wait([coming], timeout=_PATIENCE)
-            if coming.done():
-                part = coming.result()
-                coming = asyncio.ensure_future(anext(parts))
-                yield part
-            else:
-                yield None
-    except StopAsyncIteration:
-        return
-    finally:
-        coming.cancel()
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 async def _unless_gone(request: Request, work: Awaitable[_T]) -> _T:
@@ -314,43 +203,3 @@ async def _body(request: Request) -> bytes:
     if n > MAX_BODY:
         raise ApiError(413, f"the request is larger than {MAX_BODY} bytes.", code="request_too_large")
     return bytes(body)
-
-
-def _as_api(error: Exception) -> ApiError:
-    match error:
-        case ApiError():
-            return error
-        case HTTPException():
-            return ApiError(error.status_code, f"{error.detail}.", code=error.detail.lower().replace(" ", "_"))
-        case Busy():
-            return ApiError(429, str(error), code="queue_full", type="rate_limit_error")
-        case Stopping() | Interrupted():
-            return ApiError(503, str(Stopping()), code="stopping", type="server_error")
-        case PromptError():
-            return ApiError(400, str(error), code="invalid_value", param="messages")
-    return ApiError(500, str(error), code="internal_error", type="server_error")
-
-
-def _response(error: Exception) -> Response:
-    told = _as_api(error)
-    headers = {"WWW-Authenticate": "Bearer"} if told.status == 401 else {}
-    if isinstance(error, Busy):
-        headers["Retry-After"] = str(error.seconds)
-    return JSONResponse(told.body(), told.status, headers)
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    return _response(error)
-
-
-async def _our_bug(request: Request, error: Exception) -> Response:
-    """Starlette raises the error again, and its traceback is logged."""
-    return _response(CnqError("an error in the server itself; its log tells more."))
-
-
-async def _nobody(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)
-
-
-def loopback_names(host: str) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((host, "localhost", "127.0.0.1", "::1")))

@@ -19,7 +19,8 @@ from ..chat import style_of
 from ..errors import CnqError
 from ..gguf_file import GgufFile
 from ..slots import Embedders, open_slots
-from .app import Access, loopback_names, make_app
+from .access import Access, loopback_names
+from .app import make_app
 
 QUEUE = 64  # requests that wait, by default
 _GRACE = 3.0  # seconds that running answers get to end by themselves when the server is told to stop

@@ -1,23 +1,17 @@
-"""The page: Gradio's components, and what happens when something is pressed. A browser tab is a conversation of its own."""
+"""The page: Gradio's components, and what each of them calls. A browser tab is a conversation of its own."""
 
-import asyncio
-import html
 import time
-from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from ..chat import Chat, Style, prompt_tokens
-from ..engine.model import Model, Sampling
-from ..errors import CnqError, Interrupted
-from ..prompts import Message
-from ..slots import Busy, Put, Slots, Stopping
-from .texts import as_json, as_markdown, displayed
+from ..chat import Style
+from ..engine.model import Sampling
+from ..slots import Slots
+from .talk import Conversation, Talk
+from .texts import as_json, as_markdown
 from .words import LANGUAGES, language_of, say
 
-_EVERY = 0.05  # seconds between updates of an answer: the whole conversation is compared and drawn each time
 _SAVE = """(text, name) => {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], {type: "text/plain;charset=utf-8"}));
@@ -28,14 +22,14 @@ _SAVE = """(text, name) => {
 CSS = "#chat .message { line-height: 1.7; } #language { padding-top: 6px; }"
 # The reader's own: Gradio's themes fetch theirs from Google.
 FONTS = ("system-ui", "PingFang SC", "Microsoft YaHei", "Noto Sans CJK SC", "Noto Sans SC", "sans-serif")
-MONO_FONTS = ("ui-monospace", "Consolas", "Noto Sans Mono CJK SC", "monospace")
+MONO_FONTS = ("ui-monospace", "Consolas", "DejaVu Sans Mono", "Noto Sans Mono CJK SC", "monospace")
 
 
 def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
     """name: of the model, to be shown and to name exported files by."""
-    talk = _Talk(slots, style)
+    talk = Talk(slots, style)
     with gr.Blocks(title=f"{name} · cnq", analytics_enabled=False, fill_height=True) as page:
-        history = gr.State([])
+        history = gr.State(Conversation())
         language = gr.State("zh")
         exported, file_name = (gr.Textbox(visible="hidden") for _ in range(2))
         with gr.Row(equal_height=True):
@@ -83,7 +77,7 @@ def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
         stop.click(None, cancels=[asking, asking_again], **at_once)
         undo.click(talk.undo, [question, history], changing, **at_once)
         for emptying in (clear.click, chat.clear):
-            emptying(lambda question: talk.shown([], question), question, changing, **at_once)
+            emptying(lambda question: talk.shown(Conversation(), question), question, changing, **at_once)
 
         # Exporting: the text goes through the page, no file is made here.
         said = [exported, file_name]
@@ -92,7 +86,7 @@ def make_page(slots: Slots, style: Style, name: str) -> gr.Blocks:
             (save_markdown, "md", lambda messages, language: as_markdown(name, messages, language)),
         ):
             made = lambda history, system, language, ending=ending, write=write: (  # noqa: E731
-                write(_conversation(system, history), language),
+                write(history.whole(system), language),
                 f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.{ending}",
             )
             button.click(made, [history, system, language], said, **at_once).then(None, said, None, js=_SAVE, **at_once)
@@ -133,112 +127,3 @@ def _sliders(sampling: Sampling, n_ctx: int) -> list[gr.Slider]:
 
 def _first_language(request: gr.Request) -> str:
     return language_of(request.headers.get("accept-language", ""))
-
-
-def _conversation(system: str, history: list[Message]) -> list[Message]:
-    return [{"role": "system", "content": system.strip()}, *history] if system.strip() else list(history)
-
-
-class _Talk:
-    """What the buttons do. Each gives all of the components that change: history, chat, question and the buttons."""
-
-    def __init__(self, slots: Slots, style: Style):
-        self._slots, self._style = slots, style
-
-    def shown(self, history: list[Message], question: str, *, running: bool = False) -> list[Any]:
-        buttons = [gr.update(interactive=not running) for _ in range(3)]
-        return [
-            history,
-            [m | {"content": displayed(m["content"])} for m in history],
-            question,
-            gr.update(visible=not running),
-            gr.update(visible=running),
-            *buttons,
-        ]
-
-    async def ask(self, question: str, history: list[Message], *given: Any) -> AsyncIterator[list[Any]]:
-        if question.strip():
-            async for update in self._answer([*history, {"role": "user", "content": question.strip()}], "", *given):
-                yield update
-
-    async def again(self, question: str, history: list[Message], *given: Any) -> AsyncIterator[list[Any]]:
-        """Answer the last question once more. question: what is being typed, which stays."""
-        if asked := [i for i, m in enumerate(history) if m["role"] == "user"]:
-            async for update in self._answer(history[: asked[-1] + 1], question, *given):
-                yield update
-
-    def undo(self, question: str, history: list[Message]) -> list[Any]:
-        """Take the last question back to where it was typed."""
-        asked = [i for i, m in enumerate(history) if m["role"] == "user"]
-        if not asked:
-            return self.shown(history, question)
-        return self.shown(history[: asked[-1]], question or history[asked[-1]]["content"])
-
-    def ended(self, question: str, history: list[Message]) -> list[Any]:
-        """What was said stays; a question to which nothing was said is taken back."""
-        if history and history[-1]["role"] == "user":
-            return self.undo(question, history)
-        return self.shown(history, question)
-
-    async def _answer(
-        self,
-        history: list[Message],
-        question: str,
-        language: str,
-        system: str,
-        temperature: float,
-        top_p: float,
-        top_k: float,
-        min_p: float,
-        repeat_penalty: float,
-        max_tokens: float,
-    ) -> AsyncIterator[list[Any]]:
-        """history: ends with what is asked."""
-        sampling = replace(self._style.sampling, temperature=temperature, top_p=top_p, top_k=int(top_k), min_p=min_p,
-                           repeat_penalty=repeat_penalty)  # fmt: skip
-
-        def work(model: Model, put: Put) -> None:
-            model.use_threads(self._slots.threads())
-            chat = Chat(model, self._style, system.strip() or None, sampling=sampling, max_tokens=int(max_tokens))
-            chat.messages += history[:-1]
-            for piece in chat.ask(history[-1]["content"]):
-                put(piece)
-
-        yield self.shown(history, question, running=True)
-        answer, told = "", time.perf_counter()
-        try:
-            conversation = _conversation(system, history)
-            prompt = await asyncio.to_thread(prompt_tokens, self._slots.model, self._style, conversation)
-            turn = self._slots.start(work, prompt)
-        except CnqError as error:
-            _warn(error, language)
-            return
-        try:
-            async for piece in turn:
-                answer += piece
-                if time.perf_counter() - told >= _EVERY:
-                    told = time.perf_counter()
-                    yield self.shown(_with(history, answer), question, running=True)
-        except Interrupted:
-            pass  # the server ends
-        except CnqError as error:
-            _warn(error, language)
-        finally:
-            turn.close()
-        if answer:
-            yield self.shown(_with(history, answer), question, running=True)
-
-
-def _with(history: list[Message], answer: str) -> list[Message]:
-    return [*history, {"role": "assistant", "content": answer}]
-
-
-def _warn(error: CnqError, language: str) -> None:
-    match error:
-        case Busy():
-            told = say("busy", language, seconds=error.seconds)
-        case Stopping():
-            told = say("stopping", language)
-        case _:
-            told = say("error", language, error=html.escape(str(error)))
-    gr.Warning(told, title=say("note", language))

@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ..chat import Style, style_of
 from ..errors import CnqError
 from ..gguf_file import GgufFile
-from ..serve.app import Access, Guard, loopback_names
+from ..serve.access import Access, Guard, loopback_names
 from ..serve.server import Serving, listening, run
 from ..slots import Slots, open_slots
 

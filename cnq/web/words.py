@@ -27,6 +27,11 @@ WORDS = {
     "busy": {"zh": "模型正忙，请 {seconds} 秒后再试。", "en": "The model is busy. Try again in {seconds} s."},
     "stopping": {"zh": "服务正在停止。", "en": "The server is stopping."},
     "error": {"zh": "出错了：{error}", "en": "Error: {error}"},
+    "forgets": {
+        "zh": "上下文已满：模型不再看到最早的 {n} 轮对话。",
+        "en": "The context is full. Turns the model forgets: {n}.",
+    },
+    "full": {"zh": "上下文已满，回答到此为止。", "en": "The context is full, and the answer ends here."},
     "note": {"zh": "注意", "en": "Note"},
     "user": {"zh": "用户", "en": "User"},
     "assistant": {"zh": "模型", "en": "Model"},
