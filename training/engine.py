@@ -4,7 +4,7 @@
     engine.generate([{"role": "user", "content": "你好"}], temperature=0.2)
 
 The prompt is the one that cnq chat gives the converted model, token by token, and sampling takes the same steps in the same
-order: penalty, top-k, top-p, temperature.
+order: penalties, top-k, top-p, min-p, temperature.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,7 +19,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -65,7 +65,7 @@ class LlamaEngine:
         template = self.tokenizer.chat_template
         self.style: Style | None = None
         if format or isinstance(template, str):
-            self.style = style_of({"tokenizer.chat_template": template}, Path(source), format)
+            self.style = style_of(_fields(self.tokenizer), Path(source), format)
         device = _device() if device == "auto" else device
         options = _options(device, dtype, load_in_kbits)
         loader = AutoModelForCausalLM.from_pretrained
@@ -105,6 +105,8 @@ class LlamaEngine:
         talk = not isinstance(prompt, str)
         style = self.style if talk else None
         how = replace(style.sampling if style else Sampling(), **sampling)
+        if how.grammar or how.logit_bias:
+            raise EngineError("grammar and logit_bias are for converted models: cnq serve. Leave them out.")
         started = not talk
         texts = _texts(self.tokenizer, self._tokens(self.prompt_tokens(prompt), how, max_new_tokens))
         for piece in until(style.stop if style else (), texts):
@@ -136,7 +138,7 @@ class LlamaEngine:
         config = getattr(self.model, "generation_config", None)
         named = [self.tokenizer.eos_token_id, getattr(config, "eos_token_id", None)]
         known = self.tokenizer.get_vocab()
-        stops = [known.get(stop) for stop in self.style.stop] if self.style else []
+        stops = [self.style.end, *(known.get(stop) for stop in self.style.stop)] if self.style else []
         ends = [end for some in (*named, *stops) for end in (some if isinstance(some, list) else [some])]
         return {end for end in ends if end is not None}
 
@@ -147,6 +149,13 @@ class LlamaEngine:
                 f"{source} has {tokens} tokens, the embeddings of {model} {rows} rows: a tokenizer of another model, or "
                 "of an adapter that was not named. Name the adapter (--lora), or the model's own tokenizer (--tokenizer)."
             )
+
+
+def _fields(tokenizer: Any) -> dict[str, Any]:
+    """What the GGUF says of a tokenizer, as far as it matters for where answers end."""
+    ids = {f"tokenizer.ggml.{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    tokens = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    return {"tokenizer.chat_template": tokenizer.chat_template, "tokenizer.ggml.tokens": tokens, **ids}
 
 
 def _loaded(name: str, load: Any) -> Any:
@@ -222,8 +231,9 @@ def _sampler(sampling: Sampling, device: torch.device) -> Any:
             steps.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
             steps.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            steps.append(MinPLogitsWarper(sampling.min_p))
         steps.append(TemperatureLogitsWarper(sampling.temperature))
-    penalty = RepetitionPenaltyLogitsProcessor(float(sampling.repeat_penalty))
     random = torch.Generator(device)
     if sampling.seed == Sampling().seed:
         random.seed()
@@ -231,13 +241,21 @@ def _sampler(sampling: Sampling, device: torch.device) -> Any:
         random.manual_seed(sampling.seed)
 
     def pick(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if sampling.repeat_penalty != 1 and sampling.repeat_last_n:
-            logits = penalty(ids[:, -sampling.repeat_last_n :], logits)
+        logits = _penalized(logits, ids[0, -sampling.repeat_last_n :] if sampling.repeat_last_n else ids[0, :0], sampling)
         if sampling.temperature <= 0:
             return logits.argmax(-1, keepdim=True)
         return torch.multinomial(steps(ids, logits).softmax(-1), 1, generator=random)
 
     return pick
+
+
+def _penalized(logits: torch.Tensor, recent: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """Logits (1, n_vocab) with those of the tokens in `recent` lowered: llama_sampler_penalties."""
+    tokens, counts = recent.unique(return_counts=True)
+    known = logits[0, tokens]
+    known = torch.where(known <= 0, known * sampling.repeat_penalty, known / sampling.repeat_penalty)
+    logits[0, tokens] = known - counts * sampling.frequency_penalty - sampling.presence_penalty
+    return logits
 
 
 def _texts(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:

@@ -81,10 +81,19 @@ def test_answers_at_temperature_0_are_greedy(engine, checkpoint):
     assert engine.generate(CONVERSATIONS[0], max_new_tokens=12, **GREEDY) == text.strip()
 
 
-@pytest.mark.parametrize("penalty", [1.0, 1.3])
-def test_answers_are_those_of_cnq_chat(engine, gguf, penalty):
+@pytest.mark.parametrize(
+    "penalties",
+    [
+        {"repeat_penalty": 1},
+        {"repeat_penalty": 1.3, "repeat_last_n": 8},
+        {"repeat_penalty": 1.1, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"repeat_penalty": 1.5, "repeat_last_n": 0},
+    ],
+    ids=str,
+)
+def test_answers_are_those_of_cnq_chat(engine, gguf, penalties):
     path = gguf(vocab="spm-added", dtype="f32")
-    how = Sampling(temperature=0, repeat_penalty=penalty, repeat_last_n=8)
+    how = Sampling(temperature=0, **penalties)
     with Model(path, n_ctx=256, exact=True) as model:
         for messages in CONVERSATIONS[:2]:
             prompt = engine.prompt_tokens(messages)
@@ -113,6 +122,9 @@ def test_sampling_follows_its_seed_and_its_limits(engine):
     assert answer(temperature=5.0, top_k=0, top_p=1.0, seed=7) != answer(temperature=5.0, top_k=0, top_p=1.0, seed=8)
     likeliest = answer(temperature=0)
     assert answer(temperature=5.0, top_k=1, top_p=1.0) == answer(temperature=5.0, top_k=0, top_p=1e-6) == likeliest
+    assert answer(temperature=5.0, top_k=0, top_p=1.0, min_p=1.0) == likeliest
+    with pytest.raises(EngineError, match="cnq serve"):
+        engine.generate(CONVERSATIONS[0], grammar="root ::= [a-z]+")
 
 
 def test_pieces_are_whole_characters_and_make_the_answer(engine):
