@@ -193,6 +193,7 @@ class Chat:
         """The tokens to go on from. When they leave no room for an answer, the oldest turns go, and with them as many as make
         half the context free: each time that happens, the rest has to be computed again."""
         n_ctx = self.model.n_ctx
+        self._refuse_beyond_all(n_ctx)
         room = n_ctx - min(self.max_tokens, n_ctx // 4)
         tokens = self._tokens(self.start)
         if len(tokens) <= room:
@@ -212,6 +213,17 @@ class Chat:
             self.notes.append(f"the context of {n_ctx} tokens is full: the model forgets the {turn}")
         self.start = start
         return tokens
+
+    def _refuse_beyond_all(self, n_ctx: int) -> None:
+        """Raise PromptError for a question that could not fit if it were made of the longest tokens: to tokenize it may take
+        minutes (llama.cpp's time grows with the square of the special tokens in a text)."""
+        size = len(self.messages[-1]["content"].encode("utf-8", "replace"))
+        least = size // max(1, self.model.longest_token)
+        if least > n_ctx:
+            raise PromptError(
+                f"the question is {size} bytes, at least {least} tokens, the context {n_ctx}. "
+                "Shorten it, or start with a larger --ctx."
+            )
 
     def _tokens(self, start: int) -> list[int]:
         return prompt_tokens(self.model, self.style, [*self.messages[: self._first], *self.messages[start:]])

@@ -103,8 +103,8 @@ def test_what_is_typed_and_pasted_meanwhile_is_the_next_question(start, tmp_path
     chat.send("\x1b[200~床前\r明月光\x1b[201~")
     time.sleep(0.3)
     assert "明月光" not in chat.text, "it is not shown within the answer"
-    chat.send("\x03")
-    chat.wait("明月光")
+    chat.send("\x1b[200~，\x1b[201~\x03")
+    chat.wait("明月光，")
     chat.send("\r")
     chat.wait(WRITING)
     time.sleep(0.3)
@@ -112,7 +112,7 @@ def test_what_is_typed_and_pasted_meanwhile_is_the_next_question(start, tmp_path
     chat.wait(PROMPT)
     chat.send("\x04")
     assert chat.end() == 0
-    assert messages(file)[2]["content"] == "床前\n明月光"
+    assert messages(file)[2]["content"] == "床前\n明月光，"
 
 
 def test_a_paste_of_a_megabyte_is_named_and_refused_with_its_size(start):
@@ -120,7 +120,7 @@ def test_a_paste_of_a_megabyte_is_named_and_refused_with_its_size(start):
     chat.send("总结\x1b[200~" + "床前明月光，疑是地上霜。\r" * 28000 + "\x1b[201~")
     chat.wait(r"\[pasted text 1: 364000 characters in 28000 lines\]")
     chat.send("\r")
-    chat.wait(r"the question is \d+ tokens with all that goes before it, the context 16384")
+    chat.wait(r"the question is \d+ bytes, at least \d+ tokens, the context 16384")
     chat.wait(PROMPT)
     chat.send("/exit\r")
     assert chat.end() == 0

@@ -34,7 +34,8 @@ def kept_typing(input: Input, output: Output) -> Iterator[Callable[[], None]]:
             typed.append(some)
 
     try:
-        termios.tcsetattr(fd, termios.TCSANOW, [*mode[:3], mode[3] & ~termios.ECHO & ~termios.ICANON, *mode[4:]])
+        kept = mode[3] & ~termios.ECHO & ~termios.ICANON | termios.NOFLSH  # Ctrl-C would throw away what was typed before it
+        termios.tcsetattr(fd, termios.TCSANOW, [*mode[:3], kept, *mode[4:]])
         output.enable_bracketed_paste()  # else each line of a paste would be a question of its own
         output.flush()
         yield fetch

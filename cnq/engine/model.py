@@ -176,6 +176,11 @@ class Model:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
+    @cached_property
+    def longest_token(self) -> int:
+        """Bytes of text that no token stands for more than."""
+        return max((len(text.encode("utf-8", "replace")) for text in self.fields.get("tokenizer.ggml.tokens", [])), default=1)
+
     def token_text(self, name: str) -> str:
         """The text of a special token: bos, eos."""
         return token_text(self.fields, name)
