@@ -58,12 +58,12 @@ class End:
     n_held: int
 
 
-def answer(model: Model, ask: Ask, threads: Callable[[], int]) -> Iterator[Piece | End]:
-    """Yield the pieces of an answer, then its End. threads: asked before each token in how many to compute.
+def answer(model: Model, ask: Ask, sharing: Callable[[], int]) -> Iterator[Piece | End]:
+    """Yield the pieces of an answer, then its End. sharing: asked before each token how many compute at the same time.
 
     A token's score comes with the piece that its text begins in. Raises EngineError when the prompt does not fit.
     """
-    run = _Run(model, ask, threads)
+    run = _Run(model, ask, sharing)
     n_held = model.holds(ask.prompt[:-1])
     shown, begun = 0, not ask.lstrip
     for text in until(ask.stop, run.texts()):
@@ -78,8 +78,8 @@ def answer(model: Model, ask: Ask, threads: Callable[[], int]) -> Iterator[Piece
 class _Run:
     """The tokens of an answer as they are drawn. n: how many so far. cut: whether they ended before the model's own end."""
 
-    def __init__(self, model: Model, ask: Ask, threads: Callable[[], int]):
-        self.model, self.ask, self.threads = model, ask, threads
+    def __init__(self, model: Model, ask: Ask, sharing: Callable[[], int]):
+        self.model, self.ask, self.sharing = model, ask, sharing
         self.n, self.cut = 0, False
         self._read = 0  # characters
         self._scored: list[Scored] = []
@@ -91,7 +91,7 @@ class _Run:
 
     def _pieces(self) -> Iterator[bytes]:
         limit = min(self.ask.max_tokens, self.model.n_ctx - len(self.ask.prompt))
-        self.model.use_threads(self.threads())
+        self.model.share_threads(self.sharing())
         try:
             for token in self.model.generate(self.ask.prompt, self.ask.sampling, self.ask.max_tokens):
                 if token == self.ask.end:
@@ -100,7 +100,7 @@ class _Run:
                 if self.ask.logprobs is not None:
                     self._scored.append(_score(self.model.last_logits(), token, self.ask.logprobs, self._read))
                 yield self.model.piece(token)
-                self.model.use_threads(self.threads())
+                self.model.share_threads(self.sharing())
             self.cut = self.n == limit
         except Interrupted:
             self.cut = True

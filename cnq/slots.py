@@ -82,15 +82,12 @@ class Slots:
 
     @property
     def n_running(self) -> int:
+        """May be asked from any thread."""
         return len(self._running)
 
     @property
     def n_waiting(self) -> int:
         return len(self._inside) - len(self._running)
-
-    def threads(self) -> int:
-        """For each of those that run now."""
-        return max(1, self.model.n_threads // max(1, len(self._running)))
 
     def require_place(self) -> None:
         """Raise Busy when the queue is full, Stopping when the server is about to end."""

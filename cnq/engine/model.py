@@ -164,6 +164,11 @@ class Model:
         """From now on compute in so many threads."""
         lib.llama_set_n_threads(self._ctx, n_threads, n_threads)
 
+    def share_threads(self, parts: int) -> None:
+        """From now on compute in one of so many parts of the threads it was made to compute in, prompts and answers."""
+        p = self._params
+        lib.llama_set_n_threads(self._ctx, max(1, p.n_threads // parts), max(1, p.n_threads_batch // parts))
+
     @property
     def context_bytes(self) -> int:
         """About what a context takes at most: keys and values as float16, logits twice in llama.cpp and once here."""

@@ -154,7 +154,7 @@ class _Api:
         reply = kind(self._name, len(ask.prompt), self._model.piece, usage=usage)
 
         def work(model: Model, put: Put) -> None:
-            for part in answer(model, ask, self._slots.threads):
+            for part in answer(model, ask, lambda: max(1, self._slots.n_running)):
                 put(part)
 
         turn = self._slots.start(work, ask.prompt)

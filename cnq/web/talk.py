@@ -95,7 +95,7 @@ class Talk:
                            repeat_penalty=repeat_penalty)  # fmt: skip
 
         def work(model: Model, put: Put) -> None:
-            model.use_threads(self._slots.threads())
+            model.share_threads(max(1, self._slots.n_running))
             chat = Chat(model, self._style, system.strip() or None, sampling=sampling, max_tokens=int(max_tokens))
             before = len(chat.messages)
             chat.messages += history.messages[:-1]
