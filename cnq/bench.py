@@ -142,7 +142,7 @@ class _Search:
         trials = tuple(self._trials(plain, type_kv))
         estimate = self._fit(plain, trials, budget)
         say(f"about {estimate:.0f} s: {self.rounds} rounds of {self.n_prompt} tokens read and {self.n_gen} written")
-        present, knobs = replace(plain, type_kv=type_kv), []
+        present, tried = replace(plain, type_kv=type_kv), []
         trials = tuple(t for t in map(self._narrowed, trials) if len(t.values) > 1)
         self.total = self.rounds * (sum(len(t.values) for t in trials) + 2)
         for trial in trials:
@@ -150,16 +150,17 @@ class _Search:
             times = self._time(ways, trial.measure)
             # keys and values are not chosen by speed: the trial shows what the other way would bring
             kept = 0 if trial.name == "type_kv" else _best(times, trial.measure)
-            knobs.append(_knob(trial, times, kept))
+            tried.append((trial, times, kept))
             present = ways[kept]
         before, after = self._time([plain, present], "turn")
         if type_kv == plain.type_kv and median(_ratios(before, after, "turn")) < 1:
             self.notes.append("all together it was no faster than llama.cpp's own choice, which is kept")
             present, after = plain, before
+            tried = [(trial, times, 0) for trial, times, _ in tried]
         drifts, n_compared = self._drifts(plain)
         found = Bench(
-            self.file.path, present, _rates(before), _rates(after), tuple(knobs), drifts, self.n_prompt, self.n_gen,
-            self.rounds, n_compared, None, estimate, time.perf_counter() - started, tuple(self.notes),
+            self.file.path, present, _rates(before), _rates(after), tuple(_knob(*t) for t in tried), drifts, self.n_prompt,
+            self.n_gen, self.rounds, n_compared, None, estimate, time.perf_counter() - started, tuple(self.notes),
         )  # fmt: skip
         facts = {key: value for key, value in asdict(found).items() if key not in ("path", "tuned", "record")}
         try:

@@ -216,7 +216,7 @@ def show_bench(found: "Bench") -> None:
         for d in found.drifts
     ]
     table(("keys, values", "flash attention", "KLD", "same top"), drifts)
-    click.echo(f"KLD: against attention in float32, {found.n_compared} tokens of Chinese; the first is the yardstick")
+    click.echo(f"KLD: against float32 attention, {found.n_compared} tokens of Chinese; yardstick: the first row")
     for name, before, after in zip(("prompt", "answer"), found.before, found.after, strict=True):
         click.echo(f"{name}: {before:.1f} tok/s as llama.cpp has it, {after:.1f} as tuned, in turns")
     if found.record:
