@@ -14,7 +14,7 @@ ORDER = [
     "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
     "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
     "prompt_cache", "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build",
-    "terminal", "doctor_text", "cli", "__main__",
+    "terminal", "doctor_text", "options", "run_commands", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],

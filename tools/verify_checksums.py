@@ -17,8 +17,8 @@ import click
 from cnq import terminal
 from cnq.checkpoint import open_checkpoint
 from cnq.checkpoint.digest import overall, tensor_digests
-from cnq.cli import FILE, Command
 from cnq.errors import CheckpointError
+from cnq.options import FILE, Command
 
 KNOWN: dict[str, str] = {
     digest: what

@@ -9,9 +9,9 @@ from typing import Any
 import click
 
 from cnq import terminal
-from cnq.cli import FILE, FORCE, JSON, Command
 from cnq.errors import CorpusError
 from cnq.files import replacing
+from cnq.options import FILE, FORCE, JSON, Command
 from cnq.prompts import Message
 
 from .engine import LlamaEngine, Sampling

@@ -12,9 +12,9 @@ from cnq import catalog, terminal
 from cnq.adapters import Effect, merge, read_adapter
 from cnq.adapters.settings import CONFIG
 from cnq.checkpoint import open_checkpoint
-from cnq.cli import FORCE, JSON, Command
 from cnq.errors import OutputExists
 from cnq.files import byte_size, require_memory
+from cnq.options import FORCE, JSON, Command
 from cnq.to_hf import DTYPES, Restored, write_hf
 
 from .to_meta import WrittenMeta, write_meta

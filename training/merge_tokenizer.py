@@ -15,10 +15,10 @@ import click
 from click.core import ParameterSource
 
 from cnq.checkpoint import open_checkpoint
-from cnq.cli import FILE, FORCE, JSON, Command
 from cnq.corpus import peoples_daily, read_source
 from cnq.errors import OutputExists, listed
 from cnq.files import byte_size, replacing, require_replaceable
+from cnq.options import FILE, FORCE, JSON, Command
 from cnq.terminal import Progress, emit, one_line, table
 from cnq.to_hf import write_hf
 

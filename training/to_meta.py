@@ -19,10 +19,10 @@ from cnq.checkpoint.checkpoint import Entry, write_origin
 from cnq.checkpoint.hf import copy_tokenizer
 from cnq.checkpoint.meta import EMBEDDING, HEAD, layout, shard_name
 from cnq.checkpoint.meta_params import LLAMA3_FACTORS, LLAMA3_SCALING, Params, config_of, feed_forward
-from cnq.cli import FILE, FORCE, JSON, Command
 from cnq.errors import CheckpointError, UnsupportedArch, listed
 from cnq.files import replacing, require_replaceable
 from cnq.gguf_file import BF16, F16, F32, Tensor, encoded
+from cnq.options import FILE, FORCE, JSON, Command
 from cnq.vocab import Vocab, tiktoken
 
 from .pth_file import writing
