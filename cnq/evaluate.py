@@ -15,16 +15,15 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-import psutil
 
 from .corpus import Chunks, Used
 from .engine.model import Model
-from .errors import EngineError, NoSpace, listed
-from .files import decimal, replacing
+from .errors import EngineError, listed
+from .files import replacing, require_memory
 from .gguf_file import GgufFile
 from .imatrix import with_bos
 from .logits_file import LogitsFile, LogitsWriter, file_bytes, n_scored
-from .machine import physical_cores
+from .machine import free_memory, physical_cores
 from .scores import Against, Estimate, Scores, against, log_sum_exp
 
 _BLOCK = 1 << 18  # logits scored at once: 1 MB of float32, which stays in a core's cache
@@ -77,11 +76,11 @@ def evaluate(
     """
     started = time.perf_counter()
     stored = LogitsFile(logits) if logits and logits.exists() else None
-    if base and not stored and _memory([base, *ggufs]) > _free_memory():
+    if base and not stored and _memory([base, *ggufs]) > free_memory():
         return _one_by_one(ggufs, text, base, logits, n_ctx, threads, progress)
     n_ctx = stored.n_ctx if stored else n_ctx
     paths = [base, *ggufs] if base and not stored else list(ggufs)
-    _require_memory(paths)
+    require_memory(_memory(paths), f"measure {listed(p.name for p in paths)}")
     gone = threading.Event()
     with ExitStack() as stack:
         models = [
@@ -143,7 +142,7 @@ def _share_out(
     Threads that work on one chunk wait for each other after every operation; those with chunks of their own never do. Where
     memory or chunks are too few for that, each chunk gets several threads. When one fails, `gone` stops the others.
     """
-    room = _free_memory() // sum(model.context_bytes for model in models)
+    room = free_memory() // sum(model.context_bytes for model in models)
     workers = max(1, min(threads, n_chunks, 1 + room))
     with ExitStack() as stack:
         idle: SimpleQueue[Sequence[Model]] = SimpleQueue()
@@ -221,19 +220,6 @@ def _one_by_one(
 def _memory(paths: Sequence[Path]) -> int:
     """About what models take side by side: their files, and room for contexts and logits. Bytes."""
     return int(sum(p.stat().st_size for p in paths if p.exists()) * 1.05) + 500_000_000
-
-
-def _free_memory() -> int:
-    return int(psutil.virtual_memory().available)
-
-
-def _require_memory(paths: Sequence[Path]) -> None:
-    need, free = _memory(paths), _free_memory()
-    if free < need:
-        raise NoSpace(
-            f"{decimal(need)} of memory needed for {listed(p.name for p in paths)}, {decimal(free)} free. "
-            "Close other programs, or measure on a machine with more."
-        )
 
 
 def _require_one_vocabulary(paths: Sequence[Path], models: Sequence[Model], stored: LogitsFile | None) -> None:

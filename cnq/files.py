@@ -11,11 +11,11 @@ from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 
-import psutil
 from filelock import FileLock, Timeout
 from rich.filesize import decimal
 
 from .errors import CnqError, NoSpace, OutputExists, listed
+from .machine import free_memory
 
 PARTIAL = ".partial"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -100,7 +100,7 @@ def require_space(folder: Path, need: int) -> None:
 
 def require_memory(need: int, task: str) -> None:
     """Raise NoSpace unless `need` bytes of memory are free."""
-    free = psutil.virtual_memory().available
+    free = free_memory()
     if free < need:
         raise NoSpace(f"{decimal(need)} of memory needed to {task}, {decimal(free)} free. Close other programs.")
 

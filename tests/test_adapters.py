@@ -500,10 +500,7 @@ def test_a_merge_holds_one_tensor_and_its_change(tmp_path, monkeypatch):
 
 
 def test_too_little_memory_is_said_before_the_work_starts(base, lora, tmp_path, monkeypatch):
-    class Memory:
-        available = 10_000
-
-    monkeypatch.setattr(files.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(files, "free_memory", lambda: 10_000)
     with pytest.raises(NoSpace, match=r"of memory needed to merge into .*my-base, 10.0 kB free"):
         convert(base, tmp_path / "out.gguf", loras=[lora()])
     assert not list(tmp_path.glob("out*"))

@@ -6,7 +6,6 @@ Each test is the complaint at its shortest; the cases around it are tested where
 import json
 import shutil
 import tracemalloc
-from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -58,7 +57,7 @@ def test_01_a_merge_that_runs_out_of_memory(tmp_path, monkeypatch):
     tracemalloc.stop()
     sizes = [entry.nbytes for entry in entries.values()]
     assert peak < 8 * max(sizes) < sum(sizes) / 2
-    monkeypatch.setattr(files.psutil, "virtual_memory", lambda: SimpleNamespace(available=merging.memory - 1))
+    monkeypatch.setattr(files, "free_memory", lambda: merging.memory - 1)
     with pytest.raises(NoSpace, match="of memory needed"):
         convert(base, tmp_path / "out.gguf", loras=[lora])
 

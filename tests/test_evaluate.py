@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 from test_imatrix import text
 
+from cnq import files
 from cnq.cli import cli
 from cnq.engine.model import Model
 from cnq.errors import EngineError, GgufError, NoSpace
@@ -106,7 +107,7 @@ def test_without_memory_for_both_the_base_goes_through_a_file(models, tmp_path, 
 
     direct = run(models)
     most = module._memory([models[0], models[1]])
-    monkeypatch.setattr(module, "_free_memory", lambda: most - 1)
+    monkeypatch.setattr(module, "free_memory", lambda: most - 1)
     found = run(models)
     assert found.base.ppl == direct.base.ppl
     assert found.models[0].ppl == direct.models[0].ppl
@@ -114,7 +115,8 @@ def test_without_memory_for_both_the_base_goes_through_a_file(models, tmp_path, 
     assert found.models[0].against.kld.value == pytest.approx(direct.models[0].against.kld.value, rel=1e-2)
     assert found.manifest == direct.manifest
     assert not [p for p in models[1].parent.iterdir() if p.name.startswith(".cnq-")]
-    monkeypatch.setattr(module, "_free_memory", lambda: 1000)
+    monkeypatch.setattr(files, "free_memory", lambda: 1000)
+    monkeypatch.setattr(module, "free_memory", lambda: 1000)
     with pytest.raises(NoSpace, match="of memory needed"):
         run(models)
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import psutil
-from rich.filesize import decimal
 from sentencepiece import SentencePieceProcessor
 
 from cnq.archs.tensors import To
 from cnq.checkpoint import Checkpoint
 from cnq.checkpoint.checkpoint import Entry
-from cnq.errors import CheckpointError, CnqError, NoSpace, VocabMismatch
+from cnq.errors import CheckpointError, CnqError, VocabMismatch
+from cnq.files import require_memory
 from cnq.gguf_file import BF16, F16, F32, Tensor, decode, encoded
 
 from .pieces import SPACE, Model, read_model
@@ -71,7 +70,8 @@ def extended(
     entries = {
         name: Entry(entry.type, (rows, *entry.shape[1:])) if name in resized else entry for name, entry in base.entries.items()
     }
-    _require_memory(base, 2 * max(entries[name].nbytes for name in resized if name in entries))
+    largest = max(entries[name].nbytes for name in resized if name in entries)
+    require_memory(2 * largest, f"extend {base.path}")  # its old rows, and the old and the new
     return replace(base, config=config, entries=entries, read=read, tokenizer=files)
 
 
@@ -90,13 +90,6 @@ def require_same(base: Checkpoint, old: Model) -> None:
     for name, entry in base.entries.items():
         if entry.type not in (F32, F16, BF16):
             raise CheckpointError(f"{base.path}: {name} is {entry.type.name}, quantized. Start from the float checkpoint.")
-
-
-def _require_memory(base: Checkpoint, need: int) -> None:
-    """For the old rows of one tensor, and the old and the new."""
-    free = psutil.virtual_memory().available
-    if free < need:
-        raise NoSpace(f"{decimal(need)} of memory needed to extend {base.path}, {decimal(free)} free. Close other programs.")
 
 
 def _rounded(tokens: int, multiple: int) -> int:

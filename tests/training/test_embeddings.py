@@ -8,6 +8,7 @@ import spm
 import tiny
 import tiny_meta
 
+from cnq import files
 from cnq.checkpoint import open_checkpoint
 from cnq.convert import convert
 from cnq.errors import CheckpointError, CnqError, NoSpace, VocabMismatch
@@ -199,7 +200,7 @@ def test_a_quantized_model_is_refused(made, tmp_path):
 def test_too_little_memory_is_said_before_anything_is_read(made, monkeypatch):
     base, old, new, tokenizer = made()
     checkpoint = open_checkpoint(base)
-    monkeypatch.setattr(embeddings.psutil, "virtual_memory", lambda: type("Memory", (), {"available": 100_000}))
+    monkeypatch.setattr(files, "free_memory", lambda: 100_000)
     with pytest.raises(NoSpace, match=r"of memory needed"):
         extended(checkpoint, old, new, tokenizer)
 
