@@ -227,6 +227,8 @@ def quantize(
 @click.option("--merge", multiple=True, type=FILE, help="Add another importance matrix; repeatable.")
 @click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
 @click.option("--legacy", is_flag=True, help="Write the old .dat form.")
+@click.option("--hessian", is_flag=True, help="Collect what compensated rounding needs too, in a folder beside the output.")
+@click.option("--hessian-memory", metavar="SIZE", help="For its sums, e.g. 4GB; less = more passes.  [default: what is free]")
 @click.option(
     "--save-every", type=click.IntRange(1), default=10, show_default=True, help="Chunks between states to resume from."
 )
@@ -241,6 +243,7 @@ def imatrix(
     chunks: int,
     format: str | None,
     n_ctx: int,
+    hessian_memory: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -252,13 +255,16 @@ def imatrix(
     \b
     cnq imatrix a2-f16.gguf
     cnq imatrix a2-f16.gguf zh.txt=65 en.txt=25 code.txt=10 -o a2.imatrix.gguf
+    cnq imatrix a2-f16.gguf --hessian --hessian-memory 8GB
     """
+    from .files import byte_size
     from .imatrix import collect
 
     text = _text(gguf, texts, "calibration", chunks, n_ctx, format)
     dst = output or gguf.with_name(f"{gguf.stem}.imatrix.{'dat' if options['legacy'] else 'gguf'}")
     with terminal.Progress(quiet=as_json).bar("calibrating", "chunks") as progress:
-        result = collect(gguf, text, dst, n_ctx=n_ctx, progress=progress, **options)
+        memory = byte_size(hessian_memory) if hessian_memory else 0
+        result = collect(gguf, text, dst, n_ctx=n_ctx, hessian_memory=memory, progress=progress, **options)
     terminal.emit(result, as_json, terminal.show_collected)
 
 
