@@ -22,11 +22,16 @@ FOLDER = ".hessian"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 256  # rows of a block
+MIN_FIT, MIN_HELD = 256, 64  # rows; an expert may see few tokens, and what it saw few of is no measure of it
 
 
 def beside(imatrix: Path) -> Path:
     """The folder of the statistics that go with an importance matrix."""
     return imatrix.with_name(imatrix.name + FOLDER)
+
+
+def manifest_path(folder: Path) -> Path:
+    return folder / _MANIFEST
 
 
 # Packed symmetric matrices
@@ -53,12 +58,12 @@ def add_outer(packed: np.ndarray, x: np.ndarray) -> None:
         rows += x[:, start : start + len(rows)].T @ x[:, start:]
 
 
-def unpacked(packed: np.ndarray, columns: int, scale: float) -> np.ndarray:
-    """The whole symmetric matrix, times scale: (columns, columns) float32."""
+def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:
+    """The whole symmetric matrix: (columns, columns) float32."""
     full = np.empty((columns, columns), np.float32)
     for start, rows in block_rows(packed, columns):
         stop = start + len(rows)
-        np.multiply(rows, np.float32(scale), out=full[start:stop, start:])
+        full[start:stop, start:] = rows
         full[stop:, start:stop] = full[start:stop, stop:].T
         corner = full[start:stop, start:stop]
         below = np.tril_indices(len(rows), -1)
@@ -87,6 +92,11 @@ class Input:
         return self.weights[0] if self.expert is None else f"{self.weights[0]}, expert {self.expert}"
 
     @property
+    def enough(self) -> bool:
+        """Whether so many rows were seen that there is something to fit to, and to judge by."""
+        return (self.n_fit or 0) >= MIN_FIT and (self.n_held or 0) >= MIN_HELD
+
+    @property
     def nbytes(self) -> int:
         """Of its two sums."""
         return 2 * 4 * packed_size(self.columns)
@@ -107,10 +117,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Moments:
-    """E[x xᵀ] of an input: fit, over the rows to fit to, and held, over the rows held back; (columns, columns) float32.
-
-    A matrix without rows is zero.
-    """
+    """Σ x xᵀ of an input: fit, over the rows to fit to, and held, over the rows held back; (columns, columns) float32."""
 
     fit: np.ndarray
     held: np.ndarray
@@ -154,7 +161,7 @@ class Statistics:
         return done
 
     def save(self) -> None:
-        with replacing(self.folder / _MANIFEST, force=True) as partial:
+        with replacing(manifest_path(self.folder), force=True) as partial:
             partial.write_text(_written(self.source, self.inputs), encoding="utf-8")
 
     def read(self, number: int) -> Moments:
@@ -165,13 +172,12 @@ class Statistics:
             packed = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise StatisticsError(f"{path}, the statistics of {known.name}, cannot be read: {error}. {again}") from None
-        n_fit, n_held = known.n_fit or 0, known.n_held or 0
         if (packed.dtype, packed.shape) != (np.float32, (2, packed_size(known.columns))):
             raise StatisticsError(f"{path} holds no statistics of {known.columns} columns for {known.name}. {again}")
         if zlib.crc32(packed.data) != known.checksum:
             raise StatisticsError(f"{path}, the statistics of {known.name}, is damaged: its checksum differs. {again}")
-        fit, held = (unpacked(p, known.columns, 1 / max(n, 1)) for p, n in zip(packed, (n_fit, n_held), strict=True))
-        return Moments(fit, held, n_fit, n_held)
+        fit, held = (unpacked(sums, known.columns) for sums in packed)
+        return Moments(fit, held, known.n_fit or 0, known.n_held or 0)
 
 
 def _written(source: Source, inputs: tuple[Input, ...]) -> str:
@@ -181,7 +187,7 @@ def _written(source: Source, inputs: tuple[Input, ...]) -> str:
 
 def read_statistics(folder: Path) -> Statistics:
     """What a folder says it holds; the sums are read when asked for. Raises StatisticsError."""
-    path = folder / _MANIFEST
+    path = manifest_path(folder)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["format"] != _FORMAT:
@@ -195,6 +201,15 @@ def read_statistics(folder: Path) -> Statistics:
     except (ValueError, KeyError, TypeError) as error:
         raise StatisticsError(f"{path} is damaged ({error}). Delete {folder} and run cnq imatrix --hessian again.") from None
     return Statistics(folder, source, inputs)
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether all the inputs of a model are in a folder."""
+    try:
+        found = read_statistics(folder)
+    except StatisticsError:
+        return False
+    return not found.missing and all(found.path(n).is_file() for n in range(len(found.inputs)))
 
 
 def complete_statistics(folder: Path, model: str) -> Statistics:
