@@ -83,13 +83,14 @@ class Form:
     """A type's blocks. group: columns with a step in common. levels: what a code stands for, ascending.
 
     usable: the codes that products with the type compute correctly, (first, last): all of them but -128 in Q8_0, whose sign
-    cannot be turned in a byte.
+    cannot be turned in a byte. scale_range: the least and the greatest integer of a group; both 0 where it has none.
     """
 
     type: TensorType
     group: int
     levels: np.ndarray
     usable: tuple[int, int]
+    scale_range: tuple[int, int]
     _d: int
     _dmin: int | None
     _bits: tuple[_Bits, ...]
@@ -223,11 +224,12 @@ def _form(
     d: int,
     dmin: int | None,
     *bits: _Bits,
+    integers: tuple[int, int] = (0, 0),
     read: _Read | None = None,
     write: _Write | None = None,
 ) -> Form:
     usable = (1 if name == "Q8_0" else 0, len(levels) - 1)
-    return Form(TYPE_BY_NAME[name], group, np.array(levels, np.float32), usable, d, dmin, bits, read, write)
+    return Form(TYPE_BY_NAME[name], group, np.array(levels, np.float32), usable, integers, d, dmin, bits, read, write)
 
 
 _FORMS = {
@@ -238,15 +240,46 @@ _FORMS = {
         _form("Q5_0", 32, range(-16, 16), 0, None, _Bits(6, 16, 1, 4), _Bits(2, 4, 4, 1, 4)),
         _form("Q5_1", 32, range(32), 0, 2, _Bits(8, 16, 1, 4), _Bits(4, 4, 4, 1, 4)),
         _form("Q8_0", 32, range(-128, 128), 0, None, _Bits(2, 32, 1, 8)),
-        _form("Q2_K", 16, range(4), 80, 82, _Bits(16, 64, 2, 2), read=_read_q2, write=_write_q2),
-        _form("Q3_K", 16, range(-4, 4), 108, None, _Bits(32, 64, 2, 2), _Bits(0, 32, 1, 1, 2), read=_read_q3, write=_write_q3),
-        _form("Q4_K", 32, range(16), 0, 2, _Bits(16, 128, 4, 4), read=_read_q4, write=_write_q4),
-        _form("Q5_K", 32, range(32), 0, 2, _Bits(48, 128, 4, 4), _Bits(16, 32, 1, 1, 4), read=_read_q4, write=_write_q4),
+        _form("Q2_K", 16, range(4), 80, 82, _Bits(16, 64, 2, 2), integers=(0, 15), read=_read_q2, write=_write_q2),
         _form(
-            "Q6_K", 16, range(-32, 32), 208, None, _Bits(0, 128, 2, 4), _Bits(128, 64, 2, 2, 4), read=_read_q6, write=_write_q6
+            "Q3_K",
+            16,
+            range(-4, 4),
+            108,
+            None,
+            _Bits(32, 64, 2, 2),
+            _Bits(0, 32, 1, 1, 2),
+            integers=(-32, 31),
+            read=_read_q3,
+            write=_write_q3,
+        ),
+        _form("Q4_K", 32, range(16), 0, 2, _Bits(16, 128, 4, 4), integers=(0, 63), read=_read_q4, write=_write_q4),
+        _form(
+            "Q5_K",
+            32,
+            range(32),
+            0,
+            2,
+            _Bits(48, 128, 4, 4),
+            _Bits(16, 32, 1, 1, 4),
+            integers=(0, 63),
+            read=_read_q4,
+            write=_write_q4,
+        ),
+        _form(
+            "Q6_K",
+            16,
+            range(-32, 32),
+            208,
+            None,
+            _Bits(0, 128, 2, 4),
+            _Bits(128, 64, 2, 2, 4),
+            integers=(-128, 127),
+            read=_read_q6,
+            write=_write_q6,
         ),
         _form("IQ4_NL", 32, _KVALUES, 0, None, _Bits(2, 16, 1, 4)),
-        _form("IQ4_XS", 32, _KVALUES, 0, None, _Bits(8, 128, 8, 4), read=_read_xs, write=_write_xs),
+        _form("IQ4_XS", 32, _KVALUES, 0, None, _Bits(8, 128, 8, 4), integers=(-32, 31), read=_read_xs, write=_write_xs),
     )
 }
 

@@ -1,10 +1,11 @@
 """Rounding that makes up for its own errors, inside the blocks that every llama.cpp reads.
 
-Scales and minima are ggml's, with the importance matrix; only the codes are chosen again, column by column, each column taking
-over what the errors of those before it did to the layer's output on the calibration text (factor.py). Types and bytes stay.
+First scales and minima are ggml's, with the importance matrix, and the codes are chosen column by column, each column taking
+over what the errors of those before it did to the layer's output on the calibration text (factor.py); then everything is chosen
+again while that helps (refine.py). Types and bytes stay.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -14,11 +15,15 @@ from ..errors import QuantizeError
 from ..gguf_file import TensorType
 from . import rows
 from .codes import Form, form
-from .factor import Factor, factorized
+from .factor import Factor, factorized, ridge
+from .refine import Rounded, nearest, sweep
 
-_TILE = 1024  # rows rounded at once: columns of 4 kB, as the inner loop goes by columns
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)
+_TILE = 1 << 22  # weights that a thread works on at once
 _SUB = 32  # columns after which errors are handed on to the rest of a block
 _BLOCK = 256  # and after which they are handed on to the next block
+_SAMPLE = 256  # rows that damping and order are chosen on
+_SWEEPS = 3
 
 
 @dataclass(frozen=True)
@@ -44,7 +49,7 @@ class Hessian:
 
 
 def _by_diagonal(hessian: np.ndarray) -> np.ndarray:
-    """Columns so that super-blocks stay together: the heaviest first, and in each the heaviest column."""
+    """Columns so that blocks stay together: the heaviest first, and in each the heaviest column."""
     blocks = np.diag(hessian).reshape(-1, _width(len(hessian)))
     inside = np.argsort(-blocks, 1, kind="stable")
     return np.concatenate([inside[b] + b * blocks.shape[1] for b in np.argsort(-blocks.sum(1), kind="stable")])
@@ -77,121 +82,134 @@ def compensate(
     importance: np.ndarray | None,
     hessian: Hessian,
     *,
-    dampings: Sequence[float] = (0.05,),
+    dampings: Sequence[float] = DAMPINGS,
     orders: Sequence[bool] = (False,),
+    sweeps: int = _SWEEPS,
     threads: int = 1,
 ) -> Compensated:
     """Round a matrix (n, d) float32 to `type`.
 
-    importance: (d,) float32, as ggml weighs errors in its search for scales; None: alike. The rounding does not depend on
-    `threads`; it is fastest where BLAS has one thread of its own.
+    importance: (d,) float32, as ggml weighs errors in its search for scales; None: alike. dampings, orders: of these the best
+    is taken, by the held-back loss of some of the rows. The result does not depend on `threads`, each of which works best where
+    BLAS has a single one.
     Raises QuantizeError: weights that are not finite or too large for the type, a type whose codes stand for groups
     (codes.can_change), statistics of other columns or that are not positive definite.
     """
     shape = form(type)
-    n, d = weights.shape
+    d = weights.shape[1]
     if hessian.fit.shape != (d, d) or hessian.held.shape != (d, d):
         raise QuantizeError(
-            f"the statistics are of {hessian.fit.shape[0]} columns, the weights have {d}. They are of another model."
+            f"the statistics are of {hessian.fit.shape[0]} columns, the weights have {d}: they are of another model."
         )
     if not np.isfinite(weights).all():
         raise QuantizeError("the weights hold NaN or infinity.")
+
+    def plain(part: np.ndarray) -> np.ndarray:
+        return _encoded(part, type, importance)
+
     with ThreadPoolExecutor(threads) as pool:
-        plain, loss_plain = _all(pool, weights, lambda part: _plain(part, type, importance), type, hessian)
-        tried = []
-        for by_diagonal in orders:
-            for damping in dampings:
-                factor = hessian.factor(damping, by_diagonal, pool)
-                again, loss = _all(pool, weights, lambda part: feedback(part, shape, importance, factor), type, hessian)
-                tried.append((loss, damping, by_diagonal, again))
-        loss, damping, by_diagonal, again = min(tried, key=lambda t: t[0])
+
+        def again(choice: tuple[float, bool]) -> Callable[[np.ndarray], np.ndarray]:
+            factor = hessian.factor(*choice, pool)
+            return lambda part: _compensated(part, shape, importance, factor, hessian.fit, sweeps)
+
+        choices = [(damping, by_diagonal) for by_diagonal in orders for damping in dampings]
+        if len(choices) > 1:
+            sample = weights[:: max(1, len(weights) // _SAMPLE)]
+            losses = [_rounded(sample, type, again(choice), hessian, pool)[1] for choice in choices]
+            choices = [choices[int(np.argmin(losses))]]
+        data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
+        data, loss = _rounded(weights, type, again(choices[0]), hessian, pool)
     kept = loss < loss_plain
-    return Compensated(again if kept else plain, loss_plain, loss if kept else loss_plain, damping, by_diagonal, kept)
+    return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), *choices[0], kept)
 
 
-def _tiles(n: int) -> Iterator[slice]:
-    for start in range(0, n, _TILE):
-        yield slice(start, min(start + _TILE, n))
-
-
-def _all(
-    pool: Executor, weights: np.ndarray, round: Callable[[np.ndarray], np.ndarray], type: TensorType, hessian: Hessian
+def _rounded(
+    weights: np.ndarray, type: TensorType, round: Callable[[np.ndarray], np.ndarray], hessian: Hessian, pool: Executor
 ) -> tuple[np.ndarray, float]:
     """Rows rounded tile by tile, and what they lose on the held-back inputs."""
-    out = np.empty((len(weights), type.row_bytes(weights.shape[1])), np.uint8)
+    n, d = weights.shape
+    out = np.empty((n, type.row_bytes(d)), np.uint8)
+    step = max(32, _TILE // d)
 
-    def do(tile: slice) -> float:
-        part = np.ascontiguousarray(weights[tile])
-        out[tile] = round(part)
-        error = part - decoded(out[tile], type, part.shape[1])
+    def do(start: int) -> float:
+        part = np.ascontiguousarray(weights[start : start + step], np.float32)
+        data = out[start : start + step] = round(part)
+        if not rows.is_sound(data, type):
+            raise QuantizeError(f"the weights are too large for {type.name}. Choose another type for them.")
+        error = part - rows.decode(data, type, np.empty(part.size, np.float32))
         return float(np.einsum("ij,ij->", error @ hessian.held, error, dtype=np.float64))
 
-    loss = sum(pool.map(do, _tiles(len(weights)))) / hessian.n_held
-    return out, loss
+    return out, sum(pool.map(do, range(0, n, step))) / hessian.n_held
 
 
-def decoded(data: np.ndarray, type: TensorType, columns: int) -> np.ndarray:
-    return rows.decode(data, type, np.empty(len(data) * columns, np.float32))
-
-
-def _plain(part: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
+def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
+    """Rows as ggml rounds them: (n, bytes per row)."""
     out = np.empty(len(part) * type.row_bytes(part.shape[1]), np.uint8)
     return rows.encode(part, type, importance, out).reshape(len(part), -1)
 
 
-def feedback(weights: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor) -> np.ndarray:
-    """(n, bytes per row) uint8 of (n, d) float32 rows, contiguous: rounded with error feedback.
+def _compensated(
+    part: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor, hessian: np.ndarray, sweeps: int
+) -> np.ndarray:
+    columns_first = np.ascontiguousarray(part.T)
+    data = feedback(columns_first, shape, importance, factor)
+    rounded = Rounded.read(shape, columns_first, data)
+    for _ in range(sweeps):
+        sweep(rounded, hessian, ridge(hessian, factor.damping))
+    rounded.write(data)
+    return data
 
-    A tile is worked on with its columns as rows, so that each step of the inner loop goes over memory in a line.
+
+def feedback(weights: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor) -> np.ndarray:
+    """(n, bytes per row) uint8 of weights (d, n): rounded with error feedback.
+
+    Columns come first, so that each step of the inner loop goes over memory in a line.
     """
-    n, d = weights.shape
+    d, n = weights.shape
     width = _width(d)
-    size = shape.type.row_bytes(width)
-    out = np.empty((n, d // width, size), np.uint8)
-    original = np.ascontiguousarray(weights.T)[factor.order]  # (d, n)
-    errors = np.empty_like(original)
+    out = np.empty((n, d // width, shape.type.row_bytes(width)), np.uint8)
+    errors = np.empty_like(weights)  # in the order of the factor
     for start in range(0, d, width):
         own = slice(start, start + width)
-        block, inside = divmod(factor.order[own], width)
-        now = original[own] + factor.feedback[:start, own].T @ errors[:start]
-        columns = slice(block[0] * width, (block[0] + 1) * width)
-        values = np.empty((n, width), np.float32)
-        values[:, inside] = now.T
-        data = _plain(values, shape.type, None if importance is None else importance[columns])
-        scales = shape.scales(data)
-        steps, offsets = scales.steps().T.copy(), scales.offsets()
-        offsets = None if offsets is None else offsets.T.copy()
-        codes = np.empty((width, n), np.uint8)
-        within = factor.feedback[own, own]
-        for sub in range(0, width, _SUB):
-            end = min(sub + _SUB, width)
-            for c in range(sub, end):
-                if c > sub:
-                    now[c] += within[sub:c, c] @ errors[start + sub : start + c]
-                group = inside[c] // shape.group
-                step, offset = steps[group], None if offsets is None else offsets[group]
-                codes[inside[c]], value = _nearest(now[c], step, offset, shape)
-                np.subtract(original[start + c], value, out=errors[start + c])
-            if end < width:
-                now[end:] += within[sub:end, end:].T @ errors[start + sub : start + end]
-        shape.put_codes(data, np.ascontiguousarray(codes.T))
-        out[:, block[0]] = data
+        now = weights[factor.order[own]] + factor.feedback[:start, own].T @ errors[:start]
+        block = factor.order[start] // width
+        weighed = None if importance is None else importance[block * width : (block + 1) * width]
+        original = weights[factor.order[own]]
+        inside = factor.order[own] % width
+        out[:, block] = _block(now, original, errors[own], inside, shape, weighed, factor.feedback[own, own])
     return out.reshape(n, -1)
 
 
-def _nearest(values: np.ndarray, step: np.ndarray, offset: np.ndarray | None, shape: Form) -> tuple[np.ndarray, np.ndarray]:
-    """The codes of the nearest values that a group can hold, and those values. A step of 0 takes the first code."""
-    first, last = shape.usable
-    levels = shape.levels
-    moved = values if offset is None else values - offset
-    with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = moved / step
-    np.nan_to_num(scaled, copy=False, nan=levels[first], posinf=levels[last], neginf=levels[first])
-    if shape.uniform:
-        level = np.clip(np.rint(scaled), levels[first], levels[last])
-        code = (level - levels[0]).astype(np.uint8)
-    else:
-        code = np.searchsorted((levels[1:] + levels[:-1]) / 2, scaled).astype(np.uint8)
-        level = levels[code]
-    level = level * step
-    return code, level if offset is None else level + offset
+def _block(
+    now: np.ndarray,
+    original: np.ndarray,
+    errors: np.ndarray,
+    inside: np.ndarray,
+    shape: Form,
+    importance: np.ndarray | None,
+    within: np.ndarray,
+) -> np.ndarray:
+    """(n, bytes) of the block, its scales those of the weights as they are `now`, corrected by the blocks before.
+
+    now, original, errors: (width, n), which is filled. inside: the columns' places in the block, in the order of these.
+    """
+    width, n = now.shape
+    values = np.empty((n, width), np.float32)
+    values[:, inside] = now.T
+    data = _encoded(values, shape.type, importance)
+    scales = shape.scales(data)
+    steps, offsets = np.ascontiguousarray(scales.steps().T), scales.offsets()
+    offsets = None if offsets is None else np.ascontiguousarray(offsets.T)
+    codes = np.empty((width, n), np.uint8)
+    for sub in range(0, width, _SUB):
+        end = min(sub + _SUB, width)
+        for c in range(sub, end):
+            if c > sub:
+                now[c] += within[sub:c, c] @ errors[sub:c]
+            group = inside[c] // shape.group
+            codes[inside[c]], value = nearest(now[c], steps[group], None if offsets is None else offsets[group], shape)
+            np.subtract(original[c], value, out=errors[c])
+        now[end:] += within[sub:end, end:].T @ errors[sub:end]
+    shape.put_codes(data, np.ascontiguousarray(codes.T))
+    return data

@@ -21,25 +21,30 @@ _PANEL = 256
 class Factor:
     """order: (d,) the columns of H in the order in which they are rounded. feedback: (d, d) float32, A; remains: (d,), D."""
 
+    damping: float
     order: np.ndarray
     feedback: np.ndarray
     remains: np.ndarray
 
 
+def ridge(hessian: np.ndarray, damping: float) -> float:
+    """What damping adds to the diagonal: this share of its mean. Raises QuantizeError for statistics that cannot be."""
+    mean = float(np.diag(hessian).mean(dtype=np.float64))
+    if not np.isfinite(mean) or mean <= 0:
+        raise QuantizeError(f"the mean square of a layer's inputs is {mean}. Collect the statistics again.")
+    return damping * mean
+
+
 def factorized(hessian: np.ndarray, damping: float, order: np.ndarray, pool: Executor) -> Factor:
-    """hessian: (d, d) float32, symmetric. damping: this share of the mean of its diagonal is added to the diagonal.
+    """hessian: (d, d) float32, symmetric. damping: see ridge.
 
     Raises QuantizeError when the statistics are not finite, or not positive definite in spite of the damping.
     """
-    diagonal = np.diag(hessian)
-    mean = float(diagonal.mean(dtype=np.float64))
-    if not np.isfinite(mean) or mean <= 0:
-        raise QuantizeError(f"the mean square of a layer's inputs is {mean}. Collect the statistics again.")
     work = hessian[np.ix_(order, order)]
     at = np.arange(len(order))
-    work[at, at] += damping * mean
+    work[at, at] += ridge(hessian, damping)
     remains = _unit_upper(work, pool)
-    return Factor(order, work, remains)
+    return Factor(damping, order, work, remains)
 
 
 def _unit_upper(work: np.ndarray, pool: Executor) -> np.ndarray:
