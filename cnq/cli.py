@@ -17,8 +17,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
-HESSIAN_MEMORY = click.option("--hessian-memory", metavar="SIZE",
-                             help="For second moments while they are summed, e.g. 4GB; less = more passes.  [default: what is free]")  # fmt: skip
+HESSIAN_MEMORY = click.option(
+    "--hessian-memory", metavar="SIZE", help="For second moments, e.g. 4GB; less = more passes.  [default: what is free]"
+)
 FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 
@@ -75,7 +76,7 @@ def _prepare() -> None:
 @click.option("--chunks", type=click.IntRange(0), default=100, show_default=True, help="Of the importance matrix; 0 = without.")
 @click.option("--eval-chunks", type=click.IntRange(0), default=40, show_default=True, help="To measure on; 0 = do not measure.")
 @click.option("--rounding", type=click.Choice(["compensated", "plain"]), default="compensated", show_default=True,
-              help="compensated: errors make up for each other; plain: each weight by itself, without statistics on the disk.")  # fmt: skip
+              help="compensated: errors make up for each other; plain: each weight by itself, no statistics kept.")  # fmt: skip
 @HESSIAN_MEMORY
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS

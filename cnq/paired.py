@@ -25,10 +25,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Paired:
-    """What a file loses against another of the same tokens. plain, mine: mean KLD in nats; median_plain, median_mine: the median.
+    """What a file loses against another on the same tokens.
 
-    kld, median: mine / plain. top_plain, top_mine: same top token, in percent; top: the difference, in points. better: chunks
-    in which the mean KLD is less.
+    plain, mine: mean KLD in nats; median_plain, median_mine: the median. kld, median: mine / plain.
+    top_plain, top_mine: same top token, in percent; top: the difference, in points.
+    better: in how many chunks the mean KLD is less.
     """
 
     plain: float
