@@ -19,7 +19,7 @@ from .factor import Factor, factorized, ridge
 from .refine import Rounded, nearest, sweep
 
 DAMPINGS = (0.01, 0.03, 0.1, 0.3)
-_TILE = 1 << 22  # weights that a thread works on at once
+_TILE = 512  # rows that a thread works on at once
 _SUB = 32  # columns after which errors are handed on to the rest of a block
 _BLOCK = 256  # and after which they are handed on to the next block
 _SAMPLE = 256  # rows that damping and order are chosen on
@@ -108,6 +108,7 @@ def compensate(
         return _encoded(part, type, importance)
 
     with ThreadPoolExecutor(threads) as pool:
+        data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
 
         def again(choice: tuple[float, bool]) -> Callable[[np.ndarray], np.ndarray]:
             factor = hessian.factor(*choice, pool)
@@ -118,7 +119,6 @@ def compensate(
             sample = weights[:: max(1, len(weights) // _SAMPLE)]
             losses = [_rounded(sample, type, again(choice), hessian, pool)[1] for choice in choices]
             choices = [choices[int(np.argmin(losses))]]
-        data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
         data, loss = _rounded(weights, type, again(choices[0]), hessian, pool)
     kept = loss < loss_plain
     return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), *choices[0], kept)
@@ -130,17 +130,18 @@ def _rounded(
     """Rows rounded tile by tile, and what they lose on the held-back inputs."""
     n, d = weights.shape
     out = np.empty((n, type.row_bytes(d)), np.uint8)
-    step = max(32, _TILE // d)
 
     def do(start: int) -> float:
-        part = np.ascontiguousarray(weights[start : start + step], np.float32)
-        data = out[start : start + step] = round(part)
-        if not rows.is_sound(data, type):
-            raise QuantizeError(f"the weights are too large for {type.name}. Choose another type for them.")
+        part = np.ascontiguousarray(weights[start : start + _TILE], np.float32)
+        data = out[start : start + _TILE] = round(part)
         error = part - rows.decode(data, type, np.empty(part.size, np.float32))
-        return float(np.einsum("ij,ij->", error @ hessian.held, error, dtype=np.float64))
+        with np.errstate(over="ignore", invalid="ignore"):
+            loss = float(np.einsum("ij,ij->", error @ hessian.held, error, dtype=np.float64))
+        if not rows.is_sound(data, type) or not np.isfinite(loss):
+            raise QuantizeError(f"the weights are too large for {type.name}. Choose another type for them.")
+        return loss
 
-    return out, sum(pool.map(do, range(0, n, step))) / hessian.n_held
+    return out, sum(pool.map(do, range(0, n, _TILE))) / hessian.n_held
 
 
 def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
