@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -64,30 +66,30 @@ def main(
         click.echo("\n".join(rows_needed(gguf, types[0], [int(n) for n in rows.split(",")], threads)))
         return
     imatrix = gguf.with_name(f"{gguf.stem}.imatrix.gguf")
-    stages = []
-    if not imatrix.exists():
-        stages.append(("second moments", calibrated(gguf, imatrix, n_chunks, threads)))
+    stages = {"second moments": once(imatrix, lambda: calibrated(gguf, imatrix, n_chunks, threads))}
     files: dict[tuple[str, str], Path] = {}
-    facts: dict[str, Any] = {}
     for type in types:
         for rounding in ROUNDINGS:
             path = files[type, rounding] = gguf.with_name(f"{gguf.stem}-{type}-{rounding}.gguf")
-            record = path.with_suffix(".json")
-            if not path.exists() or not record.exists():
-                ran = cnq(
-                    "quantize", gguf, path, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads
-                )
-                stages.append((f"{type}, {rounding}", ran))
-                record.write_text(json.dumps(ran.said))
-            facts[str(path)] = json.loads(record.read_text())
+            stages[f"{type}, {rounding}"] = once(path, partial(rounded, gguf, path, type, imatrix, rounding, threads))
     named = [(text.partition("=")[0], read_source(Path(text.partition("=")[2]))) for text in texts]
     sources = [(s.name, s) for s in unlike_texts()] + named
-    lines = [header(), "", *table(gguf, files, facts, sources, eval_chunks, threads), "", *times(stages)]
+    lines = [header(), "", *table(gguf, files, sources, eval_chunks, threads), ""]
+    lines += [f"- {t}: {kept(stages[f'{t}, compensated'].said)}" for t in types]
+    lines += ["", *times(stages)]
     click.echo("\n".join(lines))
     if write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         body = "\n".join(lines).rstrip()
         PAGE.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{body}\n{END}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+
+
+def once(path: Path, make: Callable[[], Ran]) -> Ran:
+    """What making a file took; from its record, when it was made before."""
+    record = path.with_name(f"{path.name}.ran.json")
+    if not path.exists() or not record.exists():
+        record.write_text(json.dumps(asdict(make())))
+    return Ran(**json.loads(record.read_text()))
 
 
 def cnq(*arguments: object, threads: int = 0) -> Ran:
@@ -107,17 +109,20 @@ def calibrated(gguf: Path, dst: Path, n_chunks: int, threads: int) -> Ran:
     return cnq("imatrix", gguf, "-o", dst, "--chunks", n_chunks, "--hessian", "--force", threads=threads)
 
 
+def rounded(gguf: Path, dst: Path, type: str, imatrix: Path, rounding: str, threads: int) -> Ran:
+    return cnq("quantize", gguf, dst, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads)
+
+
 def table(
     gguf: Path,
     files: dict[tuple[str, str], Path],
-    facts: dict[str, Any],
     sources: list[tuple[str, Source]],
     n_chunks: int,
     threads: int,
 ) -> list[str]:
     lines = [
-        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % | difference, points "
-        "[95 %] | chunks better |",
+        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % "
+        "| difference, points [95 %] | chunks better |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, source in sources:
@@ -126,13 +131,10 @@ def table(
         for type in dict.fromkeys(type for type, _ in files):
             plain, mine = (by_path[files[type, rounding]] for rounding in ROUNDINGS)
             lines.append(row(type, mine.path, name, compare(plain, mine, found.n_chunks)))
-    lines.append("")
-    for (type, rounding), path in files.items():
-        if rounding == "compensated":
-            lines.append(f"- {type}: {kept(facts[str(path)])}")
-            one, two = (GgufFile(files[type, r]) for r in ROUNDINGS)
-            same = all(one.tensors[n].type == t.type and one.tensors[n].nbytes == t.nbytes for n, t in two.tensors.items())
-            assert same, f"{path} has other types than plain rounding"
+    for type in dict.fromkeys(type for type, _ in files):
+        one, two = (GgufFile(files[type, rounding]) for rounding in ROUNDINGS)
+        alike = all((one.tensors[n].type, one.tensors[n].nbytes) == (t.type, t.nbytes) for n, t in two.tensors.items())
+        assert alike, f"{two.path} has other types than plain rounding"
     return lines
 
 
@@ -161,10 +163,8 @@ def row(type: str, path: Path, name: str, p: Paired) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def times(stages: list[tuple[str, Ran]]) -> list[str]:
-    if not stages:
-        return []
-    rows = [f"| {name} | {ran.seconds:.0f} | {ran.memory / 1e9:.2f} |" for name, ran in stages]
+def times(stages: dict[str, Ran]) -> list[str]:
+    rows = [f"| {name} | {ran.seconds:.0f} | {ran.memory / 1e9:.2f} |" for name, ran in stages.items()]
     return ["| stage | seconds | peak memory, GB |", "|---|---|---|", *rows]
 
 
@@ -189,7 +189,7 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
         out = gguf.with_name(f"{gguf.stem}-rows.gguf")
         pair = []
         for rounding in ROUNDINGS:
-            cnq("quantize", gguf, out, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads)
+            rounded(gguf, out, type, imatrix, rounding, threads)
             pair.append(losses(gguf, out, judge))
         out.unlink()
         logs: dict[str, list[float]] = {}
@@ -203,9 +203,9 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
     return lines
 
 
-def losses(gguf: Path, rounded: Path, imatrix: Path) -> dict[str, float]:
+def losses(gguf: Path, other: Path, imatrix: Path) -> dict[str, float]:
     """Mean square of the error at each matrix's output over all rows of an importance matrix's second moments."""
-    statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(rounded)
+    statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(other)
     found = {}
     for number, one in enumerate(statistics.inputs):
         sums = statistics.read(number)
@@ -219,7 +219,8 @@ def losses(gguf: Path, rounded: Path, imatrix: Path) -> dict[str, float]:
 def header() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", "tools/rounding.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
-    return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {os.cpu_count()} cores, {this_machine().cpu}."
+    machine = f"{os.cpu_count()} cores, {this_machine().cpu}"
+    return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {machine}."
 
 
 if __name__ == "__main__":
