@@ -6,6 +6,7 @@ the model at a time, as many as memory holds; each slice runs the text again, up
 
 import ctypes
 import hashlib
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from .engine import ggml
 from .engine.model import Model
 from .errors import EngineError, NoSpace, StatisticsError
-from .files import decimal, require_space
+from .files import decimal
 from .gguf_file import GgufFile
 from .hessian_file import Input, Source, Statistics, add_outer, packed_size, read_statistics
 from .machine import free_memory
@@ -153,7 +154,12 @@ def prepare(
         model.feed(tokens[0, :_PROBE].tolist())
         found = Statistics(folder, source, probe.found())
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, sum(found.inputs[n].nbytes for n in found.missing))
+    need, free = sum(found.inputs[n].nbytes for n in found.missing), shutil.disk_usage(folder).free
+    if free < need:
+        raise NoSpace(
+            f"{folder}: {decimal(need)} of disk needed for second moments, {decimal(free)} free. Make room, name an output on "
+            "another disk, or round without them: cnq imatrix without --hessian, cnq build --rounding plain."
+        )
     found.save()
     return found
 
@@ -167,7 +173,7 @@ def slices(statistics: Statistics, memory: int) -> list[list[int]]:
         if one.nbytes > memory:
             raise NoSpace(
                 f"{decimal(one.nbytes)} of memory needed for the statistics of {one.name}, {decimal(memory)} given. "
-                "Close other programs, raise --hessian-memory, or do without --hessian."
+                "Close other programs, raise --hessian-memory, or round without: cnq build --rounding plain."
             )
         taken += one.nbytes
         if taken > memory:

@@ -1,6 +1,9 @@
 """Second moments of matrix inputs: numpy's, whatever the slices, resumed, refused when damaged or another model's."""
 
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -197,8 +200,8 @@ def test_what_is_of_another_model_incomplete_or_damaged_is_refused(wide_gguf, tm
 def test_too_little_memory_or_disk_is_said_before_the_work(wide_gguf, tmp_path, monkeypatch):
     with pytest.raises(NoSpace, match="memory needed for the statistics of blk"):
         run(wide_gguf, tmp_path / "im.gguf", hessian_memory=100_000)
-    monkeypatch.setattr("cnq.files.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
-    with pytest.raises(NoSpace, match="needed"):
+    monkeypatch.setattr("cnq.hessian.shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1_000_000}))
+    with pytest.raises(NoSpace, match="of disk needed for second moments"):
         run(wide_gguf, tmp_path / "other.gguf")
     assert not (tmp_path / "other.gguf").exists()
 
@@ -227,3 +230,23 @@ def test_the_command(wide_gguf, tmp_path, monkeypatch):
     assert json.loads(result.stdout)["hessian"] == "im.gguf.hessian"
     assert not read_statistics(tmp_path / "im.gguf.hessian").missing
     assert imatrix.STATE not in "".join(p.name for p in tmp_path.iterdir())
+
+
+def test_killed_between_slices_the_next_run_ends_in_the_same_bytes(wide_gguf, tmp_path):
+    (tmp_path / "text.txt").write_text("人工智能 quick brown fox。" * 400)
+
+    def command(name):
+        return [sys.executable, "-m", "cnq", "imatrix", str(wide_gguf), str(tmp_path / "text.txt"), "-o", str(tmp_path / name),
+                "--ctx", "64", "--chunks", "10", "--hessian", "--hessian-memory", "3MB"]  # fmt: skip
+
+    subprocess.run(command("whole.gguf"), check=True, capture_output=True)
+    dst = tmp_path / "im.gguf"
+    child = subprocess.Popen(command("im.gguf"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while child.poll() is None and not (beside(dst) / "00000.npy").exists():
+        pass
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert not dst.exists()
+    subprocess.run(command("im.gguf"), check=True, capture_output=True)
+    assert content(dst) == content(tmp_path / "whole.gguf")
+    assert dst.read_bytes() == (tmp_path / "whole.gguf").read_bytes()

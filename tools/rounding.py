@@ -25,11 +25,15 @@ import click
 import numpy as np
 
 from cnq.corpus import Source, chunks, peoples_daily, read_source
+from cnq.engine.quantizer import Outcome
 from cnq.evaluate import Evaluation, evaluate
 from cnq.gguf_file import GgufFile
 from cnq.hessian_file import beside, read_statistics
 from cnq.machine import this_machine
 from cnq.paired import Interval, Paired, compare
+from cnq.report import Compensation
+from cnq.report.data import ROLES
+from cnq.report.plots import error_by_layer
 from cnq.texts import python_reference, unlike_texts
 
 ROOT = Path(__file__).parents[1]
@@ -41,10 +45,12 @@ FILE = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class Ran:
-    """A step in a process of its own. said: its JSON. memory: peak of the process and of those it started, bytes."""
+    """A step in a process of its own. said: its JSON. cpu: seconds of all its cores together, which other work on the machine
+    hardly changes. memory: peak of the process and of those it started, bytes."""
 
     said: Any
     seconds: float
+    cpu: float
     memory: int
 
 
@@ -55,11 +61,12 @@ class Ran:
 @click.option("--eval-chunks", default=24, show_default=True, help="Of 512 tokens of each text measured on.")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Measure on this too; repeatable.")
 @click.option("--rows", help="Numbers of chunks, comma-separated: study how many rows it takes, and do nothing else.")
+@click.option("--picture", type=FILE, help="Draw the error by layer of the first type into this SVG.")
 @click.option("--threads", default=0, help="0 = all cores.")
 @click.option("--write", is_flag=True, help="Put the table into docs/benchmarks.md.")
 def main(
-    gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None, threads: int,
-    write: bool,
+    gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None,
+    picture: Path | None, threads: int, write: bool,
 ) -> None:  # fmt: skip
     """Compare on the float GGUF."""
     if rows:
@@ -78,6 +85,8 @@ def main(
     lines += [f"- {t}: {kept(stages[f'{t}, compensated'].said)}" for t in types]
     lines += ["", *times(stages)]
     click.echo("\n".join(lines))
+    if picture:
+        draw(stages[f"{types[0]}, compensated"].said, picture)
     if write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         body = "\n".join(lines).rstrip()
@@ -102,7 +111,7 @@ def cnq(*arguments: object, threads: int = 0) -> Ran:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return Ran(json.loads(said), time.perf_counter() - started, used.ru_maxrss * 1024)
+    return Ran(json.loads(said), time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
 def calibrated(gguf: Path, dst: Path, n_chunks: int, threads: int) -> Ran:
@@ -163,9 +172,18 @@ def row(type: str, path: Path, name: str, p: Paired) -> str:
     return f"| {' | '.join(cells)} |"
 
 
+def draw(said: dict[str, Any], path: Path) -> None:
+    """The report's picture as a file of its own, with the colours of the light page."""
+    outcomes = tuple(Outcome(**o) for o in said["compensation"])
+    losses = Compensation(Path(said["path"]), outcomes, ()).losses()
+    svg = error_by_layer({role: losses[role] for role in ROLES if role in losses}, "error by layer, plain and compensated")
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("currentColor", "#70767d")
+    path.write_text(svg.replace("var(--accent)", "#1f7a8c") + "\n", encoding="utf-8")
+
+
 def times(stages: dict[str, Ran]) -> list[str]:
-    rows = [f"| {name} | {ran.seconds:.0f} | {ran.memory / 1e9:.2f} |" for name, ran in stages.items()]
-    return ["| stage | seconds | peak memory, GB |", "|---|---|---|", *rows]
+    rows = [f"| {name} | {r.seconds:.0f} | {r.cpu:.0f} | {r.memory / 1e9:.2f} |" for name, r in stages.items()]
+    return ["| stage | seconds | of processor time | peak memory, GB |", "|---|---|---|---|", *rows]
 
 
 def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[str]:
@@ -177,11 +195,11 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
     if not judge.exists():
         texts = []
         for name, source, share in (("zh", peoples_daily("held-out"), 3), ("en", python_reference("held-out"), 2)):
-            texts.append(gguf.with_name(f"held-out-{name}.txt"))
-            texts[-1].write_text("\n".join(source.documents), encoding="utf-8")
-            texts[-1] = f"{texts[-1]}={share}"
+            file = gguf.with_name(f"held-out-{name}.txt")
+            file.write_text("\n".join(source.documents), encoding="utf-8")
+            texts.append(f"{file}={share}")
         cnq("imatrix", gguf, *texts, "-o", judge, "--chunks", 40, "--hessian", "--force", threads=threads)
-    lines = []
+    lines: list[str] = []
     for n in sorted(counts):
         imatrix = gguf.with_name(f"{gguf.stem}-rows-{n}.imatrix.gguf")
         if not imatrix.exists():
