@@ -108,7 +108,9 @@ def _continued(model: Any, adapter: Path) -> Any:
         model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {reason}. Give the base it was trained on.") from error
+        raise CheckpointError(
+            f"{adapter} does not fit {model.name_or_path}: {reason}. Give the base it was trained on."
+        ) from error
     stored = set(peft.utils.load_peft_weights(str(adapter), device="cpu"))
     wanted = {saved_name(name) for name, _ in trained(model)}
     if missing := sorted(wanted - stored):
@@ -135,7 +137,7 @@ def whole(*parameters: nn.Parameter, write: bool = False) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
@@ -190,5 +192,3 @@ def _knobs(recipe: Recipe) -> str:
         "deepspeed=zero3_offload" if recipe.deepspeed != "zero3_offload" and recipe.load_in_kbits == 16 else "",
     ]
     return f"Turn one of these, in this order: {'; '.join(knob for knob in knobs if knob)}."
-
-
