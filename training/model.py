@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from cnq.adapters.settings import NO_TARGETS
 from cnq.errors import CheckpointError, TrainingError, listed
 
 from .recipe import EMBEDDINGS, Pretraining, Recipe
@@ -78,7 +78,7 @@ def lora_config(recipe: Recipe, tied: bool) -> peft.LoraConfig:
     }
     lora = recipe.lora
     if lora is None or (isinstance(recipe, Pretraining) and recipe.stage == 1):
-        return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
+        return peft.LoraConfig(target_modules=NO_TARGETS, **common)
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     return peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", **common

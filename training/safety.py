@@ -29,7 +29,7 @@ def require_saved(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     if missing := sorted(expected.keys() - saved.keys()):
         raise TrainingError(
             f"{file} ({nbytes} bytes) holds {len(saved)} tensors, {len(expected)} were trained: {listed(missing, 2)} are not "
-            "in it. The adapter was not saved whole; the run stops before it costs more. The checkpoint before it is still there."
+            "in it. It was not saved whole; the run stops before it costs more. The checkpoint before it is still there."
         )
     for name, tensor in expected.items():
         if saved[name].shape != tensor.shape or not torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)):

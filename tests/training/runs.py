@@ -55,20 +55,53 @@ def losses(trained: Trained) -> list[float]:
     return [log["loss"] for log in json.loads(trained.record.read_text())["history"] if "loss" in log]
 
 
+def written(recipe: Recipe, path: Path) -> Path:
+    """The recipe as a file."""
+    keys = recipe.model_dump(mode="json", exclude={"arguments"}) | recipe.arguments
+    path.write_text(json.dumps(keys), encoding="utf-8")  # JSON is YAML
+    return path
+
+
+def spawn(code: str, *arguments: Any) -> subprocess.Popen:
+    """Python with these lines, that finds the project and one core."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+ALONE = "from training.pretrain import main; main()"
+# What torchrun does, for one recipe after the other, but what has to be imported is imported once.
 # DeepSpeed compiles a collective over shared memory when it starts on a CPU, which takes a minute; gloo does without.
-_LAUNCH = (
-    "import deepspeed.ops; deepspeed.ops.__compatible_ops__['deepspeed_shm_comm'] = False; "
-    "from training.{verb} import main; main()"
-)
+IN_TWO = """
+import os, socket, sys
+import deepspeed.ops
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+import training.batches, training.blocks, training.run
+from training.pretrain import main
 
+def work(recipe, rank, port):
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    try:
+        main([recipe, "--json"])
+    except SystemExit as end:
+        os._exit(end.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    os._exit(1)
 
-def spawn(verb: str, arguments: list[str], rank: int = 0, world: int = 1, port: int = 0) -> subprocess.Popen:
-    """python -m training.<verb>, as torchrun starts it when there is more than one."""
-    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if world > 1 else {}  # fmt: skip
-    env = os.environ | {name: str(value) for name, value in places.items()}
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = ["-c", _LAUNCH.format(verb=verb)] if world > 1 else ["-m", f"training.{verb}"]
-    return subprocess.Popen(
-        [sys.executable, *command, *arguments], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+failed = 0
+for recipe in sys.argv[1:]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = []
+    for rank in range(2):
+        child = os.fork()
+        if not child:
+            work(recipe, rank, port)
+        children.append(child)
+    failed |= any([os.waitpid(child, 0)[1] for child in children])
+sys.exit(failed)
+"""
