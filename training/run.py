@@ -15,7 +15,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from cnq import __version__
 from cnq.adapters.settings import CONFIG, read_settings
-from cnq.errors import CheckpointError, OutputExists, RecipeError, TrainingError
+from cnq.errors import CheckpointError, OutputExists, RecipeError, TrainingStopped
 from cnq.files import user_dir
 
 from .model import DTYPES, adapter_config, explaining_memory, grow, load_base, with_adapter
@@ -103,7 +103,8 @@ def train(
     with explaining_memory(recipe):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         if stop.stopped:
-            raise TrainingError(
+            trainer.accelerator.wait_for_everyone()  # a cluster kills the others when the first process ends
+            raise TrainingStopped(
                 f"stopped by SIGTERM after step {trainer.state.global_step}; it is saved in {recipe.output}/checkpoint-"
                 f"{trainer.state.global_step}. Go on with resume_from_checkpoint=true."
             )
