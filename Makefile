@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # See tools/llama_cpp_python.cmake. pip keeps the compiled wheel in its cache for the next .venv.
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tools/llama_cpp_python.cmake $(CMAKE_ARGS)
 
-.PHONY: help setup quantize chat test check format docs golden bench clean
+.PHONY: help setup quantize chat test training check format docs golden bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -27,6 +27,8 @@ chat: .venv/core ## talk with what quantize made
 
 test: .venv/dev ## every test
 	$(BIN)/pytest
+
+training: .venv/training ## install what training takes (torch, transformers, DeepSpeed), which its tests take too
 
 check: .venv/dev ## format, lint, types, and whether docs/cli.md is fresh
 	$(BIN)/ruff format --check .
@@ -63,4 +65,8 @@ clean: ## remove .venv and what was built (not models/)
 
 .venv/dev: .venv/core
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/training: .venv/dev
+	$(PIP) --editable '.[training]'
 	@touch $@
