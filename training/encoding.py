@@ -66,10 +66,8 @@ class Encoder:
 
     def digest(self) -> str:
         """sha256 of all that decides how texts are encoded."""
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("truncation", "padding"):  # of the last call
-            model.pop(state, None)
-        said = json.dumps([model, self.bos, self.eos, sorted(self.special)], sort_keys=True)
+        model = self.tokenizer.backend_tokenizer.to_str()  # without truncation and padding, which the last call has reset
+        said = json.dumps([model, self.bos, self.eos, sorted(self.special)])
         return hashlib.sha256(said.encode()).hexdigest()
 
 
