@@ -90,7 +90,7 @@ def bytes_of(text: str, encoded: Encoded) -> list[int]:
 
     A character that several tokens share counts where it begins; a space that the tokenizer puts in front has no bytes.
     """
-    at = [0, *accumulate(len(c.encode("utf-8", "surrogatepass")) for c in text)]
+    at = [0, *accumulate(len(c.encode()) for c in text)]
     seen, sizes = 0, []
     for end in encoded.ends:
         sizes.append(max(0, at[end] - seen))

@@ -212,7 +212,9 @@ def test_answers_to_one_question_are_never_on_both_sides(tmp_path):
 def test_examples_are_kept_until_something_changes(data, tmp_path, monkeypatch):
     work = []
     monkeypatch.setattr(examples_file, "read", lambda files: work.append(1) or read(files))
-    first = run(data, tmp_path)
+    seen = []
+    first = run(data, tmp_path, progress=lambda *at: seen.append(at))
+    assert seen == [(n, 43) for n in range(1, 44)]
     assert list(run(data, tmp_path).train) == list(first.train)
     assert run(data, tmp_path).counts == first.counts
     assert len(work) == 1
