@@ -5,16 +5,17 @@ the Chinese-LLaMA authors computed their `-im` files from. Calibration and held-
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
+from . import records
 from .errors import CorpusError
+from .files import sha256
 from .prompts import Message
 
 Split = Literal["calibration", "held-out"]
@@ -91,92 +92,26 @@ def _split_of(document: str) -> Split:
 
 
 def read_source(path: Path, render: Render | None = None, weight: float = 1.0) -> Source:
-    """A user's file: .txt (one document), .jsonl, .json (Alpaca records or conversations) or .parquet.
+    """A user's file: .txt (one document), .jsonl, .json or .parquet with what cnq/records.py knows.
 
     render: turns a conversation into the model's own prompt format; records with conversations need it.
     Raises CorpusError: no text, unknown kind, records without text, an encoding other than UTF-8.
     """
-    try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise CorpusError(f"{path} cannot be read: {error.strerror}.") from None
-    digest = hashlib.sha256(raw).hexdigest()
-    if path.suffix == ".parquet":
-        documents = _from_records(path, _parquet(path), render)
+    if path.suffix in records.SUFFIXES:
+        documents = tuple(_document(path, record, render) for record in records.records(path))
     else:
-        text = _decoded(path, raw)
-        if path.suffix == ".jsonl":
-            documents = _from_records(path, [_json(path, line) for line in text.splitlines() if line.strip()], render)
-        elif path.suffix == ".json":
-            records = _json(path, text)
-            if not isinstance(records, list):
-                raise CorpusError(f"{path} holds a {type(records).__name__}, expected a list of records (Alpaca json).")
-            documents = _from_records(path, records, render)
-        else:
-            documents = (text.removesuffix("\n"),)  # one newline at the end goes, as llama.cpp's tools have it
+        documents = (records.text(path).removesuffix("\n"),)  # one newline at the end goes, as llama.cpp's tools have it
     if not any(d.strip() for d in documents):
         raise CorpusError(f"{path} holds no text.")
-    return Source(path.name, digest, documents, weight)
+    return Source(path.name, sha256(path), documents, weight)
 
 
-def _decoded(path: Path, raw: bytes) -> str:
-    if b"\0" in raw[: 1 << 20]:
-        raise CorpusError(f"{path} is no text: it has zero bytes. Expected .txt, .jsonl, .json or .parquet.")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        try:
-            raw.decode("gb18030")
-        except UnicodeDecodeError:
-            raise CorpusError(f"{path} is no UTF-8 text: byte {error.start} is {raw[error.start]:#x}.") from None
-        raise CorpusError(f"{path} is GBK, not UTF-8. Convert it: iconv -f GB18030 -t UTF-8 {path} > utf8.txt") from None
-
-
-def _json(path: Path, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise CorpusError(f"{path} is no JSON: {error}.") from None
-
-
-def _parquet(path: Path) -> list[Any]:
-    try:
-        from datasets import Dataset
-    except ImportError:
-        raise CorpusError(f"{path} is parquet, which takes the datasets package: pip install datasets") from None
-    return Dataset.from_parquet(str(path)).to_list()
-
-
-def _from_records(path: Path, records: list[Any], render: Render | None) -> tuple[str, ...]:
-    documents = []
-    for number, record in enumerate(records, 1):
-        text = record.get("text") if isinstance(record, dict) else None
-        if isinstance(text, str):
-            documents.append(text)
-            continue
-        messages = _conversation(record)
-        if not messages:
-            raise CorpusError(
-                f"{path}: record {number} has neither text nor a conversation; expected text, instruction and output, "
-                "messages, or a list of role and text."
-            )
-        if render is None:
-            raise CorpusError(f"{path} holds conversations, which need a chat template; the model has none. Give --format.")
-        documents.append(render(messages))
-    return tuple(documents)
-
-
-def _conversation(record: Any) -> list[Message]:
-    """Alpaca records, OpenAI messages, and lists of {"role", "text"}; [] for anything else."""
-    if isinstance(record, dict) and isinstance(record.get("instruction"), str) and isinstance(record.get("output"), str):
-        question = record["instruction"] + (f"\n{record['input']}" if record.get("input") else "")
-        return [{"role": "user", "content": question}, {"role": "assistant", "content": record["output"]}]
-    turns = record.get("messages") if isinstance(record, dict) else record
-    if not isinstance(turns, list) or not all(isinstance(t, dict) for t in turns):
-        return []
-    messages = [{"role": str(t.get("role")), "content": t.get("content", t.get("text"))} for t in turns]
-    fit = all(m["role"] in ("system", "user", "assistant") and isinstance(m["content"], str) for m in messages)
-    return messages if fit else []
+def _document(path: Path, record: records.Record, render: Render | None) -> str:
+    if record.text is not None:
+        return record.text
+    if render is None:
+        raise CorpusError(f"{path} holds conversations, which need a chat template; the model has none. Give --format.")
+    return render(list(record.messages))
 
 
 def chunks(sources: Sequence[Source], tokenize: Tokenize, n_ctx: int, n_chunks: int | None, split: str | None = None) -> Chunks:

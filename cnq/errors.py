@@ -16,6 +16,8 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
 ├── OllamaError             Ollama does not answer, refuses a model, or could not read a Modelfile
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
+├── RecipeError             a recipe of training has an unknown key, or a value that cannot be
+├── TrainingError           training diverged, ran out of memory, or saved something that is no adapter
 ├── OutputExists            the destination is there and --force was not given
 └── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
 """
@@ -84,6 +86,14 @@ class OllamaError(CnqError):
 
 
 class PromptError(CnqError):
+    pass
+
+
+class RecipeError(CnqError):
+    pass
+
+
+class TrainingError(CnqError):
     pass
 
 

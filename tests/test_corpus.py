@@ -64,7 +64,7 @@ def test_parquet_is_read_through_datasets(tmp_path):
         ("a.json", b"{", "no JSON"),
         ("a.json", b'{"text": "x"}', "expected a list"),
         ("a.json", b"[1, 2]", "record 1"),
-        ("a.jsonl", b'{"text": "x"}\n{"foo": 1}', "record 2"),
+        ("a.jsonl", b'{"text": "x"}\n{"foo": 1}', "line 2"),
         ("a.json", b'[{"instruction": "a", "output": "b"}]', "chat template"),
     ],
 )

@@ -43,7 +43,7 @@ def extended(
     require_same(base, old)
     rows = _rounded(len(new.pieces), multiple)
     resized = {name for name, to in base.arch.tensors.items() if isinstance(to, To) and to.shape[0] == "V"}
-    parts = _parts(old, [p.piece for p in new.pieces[len(old.pieces) :]])
+    parts = cut(old, [p.piece for p in new.pieces[len(old.pieces) :]])
     deviation = float(base.config.get("initializer_range") or _STANDARD_DEVIATION)
 
     def read(name: str) -> Tensor:
@@ -110,7 +110,7 @@ def _rounded(tokens: int, multiple: int) -> int:
     return rows
 
 
-def _parts(old: Model, texts: Sequence[str]) -> list[list[int]]:
+def cut(old: Model, texts: Sequence[str]) -> list[list[int]]:
     """The old tokens that each text is cut into, without the "▁" in front if there are others."""
     encoder = SentencePieceProcessor(model_proto=old.SerializeToString())
     prefixed = old.normalizer_spec.add_dummy_prefix
