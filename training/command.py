@@ -23,7 +23,14 @@ R = TypeVar("R", bound=Recipe)
 
 
 def run(
-    kind: type[R], read_data: Callable[[R, "Sources"], "Data"], path: Path, overrides: Sequence[str], *, dry_run: bool, force: bool, as_json: bool
+    kind: type[R],
+    read_data: Callable[[R, "Sources"], "Data"],
+    path: Path,
+    overrides: Sequence[str],
+    *,
+    dry_run: bool,
+    force: bool,
+    as_json: bool,
 ) -> None:
     """Train what a recipe says, and show it. read_data: of training.run.train, with the recipe first."""
     first = os.environ.get("RANK", "0") == "0"
@@ -38,7 +45,12 @@ def run(
         terminal.emit(plan, as_json, _show_plan)
         return
     result = train(
-        recipe, lambda sources: read_data(recipe, sources), force=force, quiet=as_json or not first, say=report.say, planned=show
+        recipe,
+        lambda sources: read_data(recipe, sources),
+        force=force,
+        quiet=as_json or not first,
+        say=report.say,
+        planned=show,
     )
     if first:
         terminal.emit(result, as_json, _show)
@@ -65,5 +77,6 @@ def _quiet() -> None:
     """What libraries say of themselves."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns of forks, which data loaders make
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="'pin_memory' argument")  # of data loaders, on a CPU
     for name in ("bitsandbytes", "deepspeed", "DeepSpeed"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,10 +7,10 @@ from typing import Any
 
 import peft
 import torch
-from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from cnq.adapters.settings import NO_TARGETS
 from cnq.errors import CheckpointError, TrainingError, listed
 
 from .recipe import EMBEDDINGS, Pretraining, Recipe
@@ -78,7 +78,7 @@ def lora_config(recipe: Recipe, tied: bool) -> peft.LoraConfig:
     }
     lora = recipe.lora
     if lora is None or (isinstance(recipe, Pretraining) and recipe.stage == 1):
-        return peft.LoraConfig(target_modules=DUMMY_TARGET_MODULES, **common)
+        return peft.LoraConfig(target_modules=NO_TARGETS, **common)
     targets = list(lora.targets) if lora.targets != ("all-linear",) else "all-linear"
     return peft.LoraConfig(
         r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, bias="none", **common
@@ -108,7 +108,9 @@ def _continued(model: Any, adapter: Path) -> Any:
         model = peft.PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
     except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise CheckpointError(f"{adapter} does not fit {model.name_or_path}: {reason}. Give the base it was trained on.") from error
+        raise CheckpointError(
+            f"{adapter} does not fit {model.name_or_path}: {reason}. Give the base it was trained on."
+        ) from error
     stored = set(peft.utils.load_peft_weights(str(adapter), device="cpu"))
     wanted = {saved_name(name) for name, _ in trained(model)}
     if missing := sorted(wanted - stored):
@@ -135,7 +137,7 @@ def whole(*parameters: nn.Parameter, write: bool = False) -> Iterator[None]:
     if not sharded:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters(sharded, modifier_rank=0 if write else None):
         yield
@@ -190,5 +192,3 @@ def _knobs(recipe: Recipe) -> str:
         "deepspeed=zero3_offload" if recipe.deepspeed != "zero3_offload" and recipe.load_in_kbits == 16 else "",
     ]
     return f"Turn one of these, in this order: {'; '.join(knob for knob in knobs if knob)}."
-
-

@@ -6,7 +6,7 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from .model import lora_config, n_parameters
 from .recipe import Pretraining, Recipe
@@ -68,16 +68,15 @@ def _counts(recipe: Recipe, config: Any, rows: int) -> tuple[int, int, int]:
     """Parameters of the base; trained ones; those of them that are whole modules, of which the base keeps its own."""
     config = type(config).from_dict({**config.to_dict(), "vocab_size": rows})
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        # Not from_config, which under ZeRO-3 shares parameters out.
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)  # type: ignore[operator]
         base = n_parameters(model.parameters())
         model = peft.get_peft_model(model, lora_config(recipe, bool(config.tie_word_embeddings)))
     sizes = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
     return base, sum(n for _, n in sizes), sum(n for name, n in sizes if ".modules_to_save." in name)
 
 
-def memory(
-    recipe: Recipe, config: Any, base: int, trained: int, whole: int, batch: int, length: int, world: int = 1
-) -> Memory:
+def memory(recipe: Recipe, config: Any, base: int, trained: int, whole: int, batch: int, length: int, world: int = 1) -> Memory:
     """An estimate for one GPU, in bytes. b: bytes of a number in the recipe's dtype (2; fp32: 4).
 
     weights: b a base parameter; with 8 bits 1 a matrix element, with 4 (nf4, double quantization) 0.516 = 4 bits + 8 of a scale

@@ -1,4 +1,4 @@
-"""Continued pre-training: text → an adapter that has read it. Stage 1: the embeddings; stage 2: LoRA, and the embeddings whole."""
+"""Continued pre-training: text → an adapter that has read it. Stage 1: embeddings; stage 2: LoRA, and embeddings whole."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -31,19 +31,20 @@ class Lora(BaseModel):
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    r: int = Field(8, ge=1)
-    alpha: float = Field(32, gt=0)
-    dropout: float = Field(0.05, ge=0, lt=1)
-    targets: Names = Field(LINEAR, min_length=1)
+    r: int = Field(default=8, ge=1)
+    alpha: int = Field(default=32, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    targets: Names = Field(default=LINEAR, min_length=1)
     modules_to_save: Names = ()
 
 
 class Recipe(BaseModel):
-    """base: a Hugging Face directory, a hub id or a name from `cnq models`. data: files or folders. output: the adapter's folder.
+    """base: a Hugging Face directory, a hub id or a name from `cnq models`. data: files or folders. output: where the adapter
+    goes.
 
     tokenizer: when it is not the base's (nor the adapter's): the base grows rows for what it has more.
-    adapter: to be trained further; its own settings hold, not `lora`. held_out: share of the data that is measured, not learned.
-    load_in_kbits: 8 and 4 (nf4, double quantization) with bitsandbytes. dtype: of the computation; what is trained is float32.
+    adapter: to be trained further; its own settings hold, not `lora`. held_out: share of the data that is only measured.
+    load_in_kbits: 8 and 4 (nf4, double quantization) with bitsandbytes. dtype: of computing; what is trained is float32.
     gradient_checkpointing: what layers compute is computed again instead of kept.
     device_map: auto = the layers of one process shared out among its GPUs. deepspeed: a name in configs/deepspeed, or a file.
     resume_from_checkpoint: true = the last one in `output`, or from the beginning where there is none.
@@ -58,7 +59,7 @@ class Recipe(BaseModel):
     tokenizer: str | None = None
     adapter: str | None = None
     lora: Lora | None = Lora()
-    held_out: float = Field(0.001, ge=0, lt=1)
+    held_out: float = Field(default=0.001, ge=0, lt=1)
     load_in_kbits: Literal[16, 8, 4] = 16
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     attention: Literal["sdpa", "flash_attention_2", "eager"] = "sdpa"
@@ -68,7 +69,7 @@ class Recipe(BaseModel):
     cache: Path | None = None
     resume_from_checkpoint: bool | str = False
     samples: Names = ()
-    sample_tokens: int = Field(64, ge=1)
+    sample_tokens: int = Field(default=64, ge=1)
     arguments: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -104,11 +105,12 @@ class Recipe(BaseModel):
 class Pretraining(Recipe):
     """stage 1: the embeddings only, everything else frozen; 2: LoRA, and the embeddings whole.
 
-    documents: one a line, a paragraph (up to a blank line) or a file. streaming: for texts larger than the memory, which are cut up on the way.
+    documents: one a line, a paragraph (up to a blank line) or a file. streaming: for texts larger than the memory, tokenized
+    on the way.
     """
 
     stage: Literal[1, 2] = 2
-    block_size: int = Field(512, ge=2)
+    block_size: int = Field(default=512, ge=2)
     documents: Literal["line", "paragraph", "file"] = "line"
     streaming: bool = False
 
@@ -131,7 +133,7 @@ class Tuning(Recipe):
     """
 
     format: str | None = None
-    max_length: int = Field(512, ge=8)
+    max_length: int = Field(default=512, ge=8)
     too_long: Literal["cut", "drop"] = "cut"
     packing: bool = False
 
@@ -210,7 +212,9 @@ def _deepspeed(name: str) -> Path:
     folder = HERE / "configs" / "deepspeed"
     found = next((p for p in (folder / f"{name}.json", Path(name)) if p.is_file()), None)
     if found is None:
-        raise RecipeError(f"deepspeed={name} is no file and not one of {listed(sorted(p.stem for p in folder.glob('*.json')))}.")
+        raise RecipeError(
+            f"deepspeed={name} is no file and not one of {listed(sorted(p.stem for p in folder.glob('*.json')))}."
+        )
     return found
 
 

@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback
 
@@ -93,8 +94,8 @@ def train(
     stop = StopOnSignal()
     board = Board(recipe.output / "runs", data.samples, sources.tokenizer, recipe.sample_tokens, DTYPES[recipe.dtype], say)
     trainer = AdapterTrainer(
-        recipe=recipe, digest=digest, tokenizer_folder=sources.tokenizer_folder, bytes_per_token=data.bytes_per_token, model=model, args=arguments,
-        data_collator=data.collator, train_dataset=data.train, eval_dataset=data.held_out,
+        recipe=recipe, digest=digest, tokenizer_folder=sources.tokenizer_folder, bytes_per_token=data.bytes_per_token,
+        model=model, args=arguments, data_collator=data.collator, train_dataset=data.train, eval_dataset=data.held_out,
         processing_class=sources.tokenizer, callbacks=[stop, board],
     )  # fmt: skip
     if quiet:
@@ -128,10 +129,17 @@ def planned_only(recipe: Recipe, read_data: Callable[[Sources], Data], *, say: S
 
 
 def _arguments(recipe: Recipe, quiet: bool) -> TrainingArguments:
-    return TrainingArguments(
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it looked for one
+    arguments = TrainingArguments(
         output_dir=str(recipe.output), report_to="none", logging_nan_inf_filter=False, remove_unused_columns=False,
         prediction_loss_only=True, disable_tqdm=quiet, **recipe.trainer_arguments(),
     )  # fmt: skip
+    if recipe.deepspeed and arguments.world_size > 1:
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # on a CPU nobody else does, and ZeRO-3 has to know when it loads
+    return arguments
 
 
 def _prepared(
@@ -185,8 +193,8 @@ def _require_base(folder: Path, digest: str, sources: Sources) -> None:
     expected = read_settings(folder).base_digest
     if expected not in (None, digest):
         raise CheckpointError(
-            f"{folder} was trained on a base of content digest {expected}, {sources.base} has {digest}: another base, though of "
-            "the same shapes. Give the one it was trained on."
+            f"{folder} was trained on a base of content digest {expected}, {sources.base} has {digest}: another base, though "
+            "of the same shapes. Give the one it was trained on."
         )
 
 
@@ -198,7 +206,7 @@ def _finish(trainer: AdapterTrainer, out: Path) -> None:
         return
     require_effect(partial)
     for file in sorted(partial.iterdir(), key=lambda p: p.name == CONFIG):
-        os.replace(file, out / file.name)
+        file.replace(out / file.name)
     partial.rmdir()
 
 

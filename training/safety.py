@@ -28,14 +28,14 @@ def require_saved(folder: Path, trained: Mapping[str, torch.Tensor]) -> None:
     nbytes = file.stat().st_size if file.is_file() else 0
     if missing := sorted(expected.keys() - saved.keys()):
         raise TrainingError(
-            f"{file} ({nbytes} bytes) holds {len(saved)} tensors, {len(expected)} were trained: {listed(missing, 2)} are not in "
-            "it. The adapter was not saved whole; the run stops before it costs more. The checkpoint before it is still there."
+            f"{file} ({nbytes} bytes) holds {len(saved)} tensors, {len(expected)} were trained: {listed(missing, 2)} are not "
+            "in it. It was not saved whole; the run stops before it costs more. The checkpoint before it is still there."
         )
     for name, tensor in expected.items():
         if saved[name].shape != tensor.shape or not torch.equal(saved[name].view(torch.uint8), tensor.view(torch.uint8)):
             raise TrainingError(
-                f"{file}: {name} is {tuple(saved[name].shape)} {saved[name].dtype}, not the {tuple(tensor.shape)} {tensor.dtype} "
-                "that was trained. Look at the disk; the checkpoint before it is still there."
+                f"{file}: {name} is {tuple(saved[name].shape)} {saved[name].dtype}, not the {tuple(tensor.shape)} "
+                f"{tensor.dtype} that was trained. Look at the disk; the checkpoint before it is still there."
             )
         if not torch.isfinite(tensor).all():
             raise TrainingError(
@@ -81,7 +81,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class Board(TensorBoardCallback):
-    """TensorBoard's log, and what the model says: at each evaluation it goes on with some prompts, always with the likeliest token.
+    """TensorBoard's log, and what the model says: at each evaluation it goes on with some prompts, by the likeliest tokens.
 
     prompts: what is shown of them -> their tokens. said: step -> prompt -> answer. say: hears them too.
     """
@@ -93,6 +93,9 @@ class Board(TensorBoardCallback):
         self.logging_dir = str(folder)
         self.prompts, self.tokenizer, self.n_tokens, self.dtype, self.say = prompts, tokenizer, n_tokens, dtype, say
         self.said: dict[int, dict[str, str]] = {}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        control.should_log |= state.global_step >= state.max_steps  # the last loss is the one that is asked for
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any

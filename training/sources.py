@@ -50,7 +50,9 @@ def find_sources(recipe: Recipe, say: Any = lambda text: None) -> Sources:
     adapter = _adapter(recipe.adapter, base, say) if recipe.adapter else None
     config = AutoConfig.from_pretrained(base, trust_remote_code=False)
     if getattr(config, "quantization_config", None):
-        raise CheckpointError(f"{base} is quantized ({_method(config)}). Train on the float checkpoint, with load_in_kbits=8 or 4.")
+        raise CheckpointError(
+            f"{base} is quantized ({_method(config)}). Train on the float checkpoint, with load_in_kbits=8 or 4."
+        )
     checkpoint = open_checkpoint(base)
     checkpoint.placed()  # every tensor there, none unknown
     folder = Path(recipe.tokenizer) if recipe.tokenizer else adapter.tokenizer if adapter and adapter.tokenizer else base
@@ -65,7 +67,9 @@ def find_sources(recipe: Recipe, say: Any = lambda text: None) -> Sources:
     own_rows = _rows_of(adapter) if adapter else None
     if own_rows is not None and own_rows > found.rows:
         if len(found.tokenizer) > own_rows:
-            raise VocabMismatch(f"{folder} has {len(found.tokenizer)} tokens, the embeddings in {recipe.adapter} {own_rows} rows.")
+            raise VocabMismatch(
+                f"{folder} has {len(found.tokenizer)} tokens, the embeddings in {recipe.adapter} {own_rows} rows."
+            )
         return replace(found, new=((0,),) * (own_rows - found.rows))
     return _with_new_rows(found, recipe)
 
@@ -90,16 +94,6 @@ def _base(name: str, say: Any) -> Path:
 def _adapter(name: str, base: Path, say: Any) -> Adapter:
     entry = catalog.with_loras(catalog.find(str(base)), [name])
     return read_adapter(catalog.fetch_loras(entry, Path("models"), say)[0])
-
-
-def require_base(adapter: Path, digest: str) -> None:
-    """Raise CheckpointError when an adapter says it was made for a base of another content digest."""
-    expected = read_adapter(adapter).settings.base_digest
-    if expected not in (None, digest):
-        raise CheckpointError(
-            f"{adapter} was trained on a base of content digest {expected}, this one has {digest}: another base, though of the "
-            "same shapes. Give the one it was trained on."
-        )
 
 
 def base_digest(sources: Sources, progress: Any = lambda done, total: None) -> str:
@@ -169,7 +163,10 @@ def _require_extension(found: Sources) -> None:
     """The tokenizer begins with the base's own tokens."""
     own = load_tokenizer(found.base)
     n = min(len(own), found.rows)
-    theirs, ours = found.tokenizer.convert_ids_to_tokens(range(min(n, len(found.tokenizer)))), own.convert_ids_to_tokens(range(n))
+    theirs, ours = (
+        found.tokenizer.convert_ids_to_tokens(range(min(n, len(found.tokenizer)))),
+        own.convert_ids_to_tokens(range(n)),
+    )
     if theirs != ours:
         at = next((i for i, (a, b) in enumerate(zip(theirs, ours, strict=False)) if a != b), len(theirs))
         raise VocabMismatch(
@@ -190,5 +187,3 @@ def _parts(found: Sources) -> tuple[tuple[int, ...], ...]:
     plain = [found.tokenizer.convert_tokens_to_string([text]) for text in texts]
     unknown = own.unk_token_id if own.unk_token_id is not None else own.eos_token_id
     return tuple(tuple(own.encode(text, add_special_tokens=False)) or (unknown,) for text in plain)
-
-

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
@@ -14,6 +15,7 @@ from cnq.adapters.settings import BASE_DIGEST, CONFIG
 from cnq.checkpoint.hf import copy_tokenizer
 from cnq.errors import TrainingError
 
+from .batches import Padded
 from .model import explaining_memory, trained_tensors
 from .recipe import Recipe
 from .safety import require_saved
@@ -22,11 +24,12 @@ BAD_BATCH = "bad_batch.pt"
 
 
 class AdapterTrainer(Trainer):
-    """digest: the base's, which goes into adapter_config.json. tokenizer_folder: whose files go beside it. bytes_per_token: of the held-out text that is learned."""
+    """digest: the base's, which goes into adapter_config.json. tokenizer_folder: whose files go beside it.
 
-    def __init__(
-        self, *, recipe: Recipe, digest: str, tokenizer_folder: Path, bytes_per_token: float | None, **options: Any
-    ):
+    bytes_per_token: of the held-out text that is learned.
+    """
+
+    def __init__(self, *, recipe: Recipe, digest: str, tokenizer_folder: Path, bytes_per_token: float | None, **options: Any):
         super().__init__(**options)
         self.recipe, self.digest, self.tokenizer_folder = recipe, digest, tokenizer_folder
         self.bytes_per_token = bytes_per_token
@@ -52,30 +55,41 @@ class AdapterTrainer(Trainer):
             "checkpoint: resume_from_checkpoint=true."
         )
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Held-out examples are never packed: each is a row, so that what ranks see twice can be left out."""
+        collator, self.data_collator = self.data_collator, Padded()
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, None, None]:
-        """The loss of a batch, and its part of the sums over tokens."""
+        """The loss of a batch, and its part of the sums over tokens, without the rows that only fill up the last batch."""
         inputs = self._prepare_inputs(inputs)
-        n = inputs["labels"][:, 1:].ne(-100).sum()
+        labels = inputs.pop("labels")[:, 1:]
         with torch.no_grad(), self.compute_loss_context_manager(), explaining_memory(self.recipe):
-            loss = model(**inputs).loss.detach()
-        if n:  # of a row that teaches nothing the mean is no number
-            self._sums += torch.stack([loss.double() * n, n.double()]).cpu()
-        return loss, None, None
+            logits = model(**inputs).logits[:, :-1].float()
+        nats = cross_entropy(logits.transpose(1, 2), labels, reduction="none").sum(1)
+        rows = torch.stack([nats, labels.ne(-100).sum(1)], 1)  # (rows, 2)
+        self._sums += self.gather_function(rows).double().sum(0).cpu()
+        return nats.sum() / labels.ne(-100).sum(), None, None
 
     def evaluation_loop(self, *args: Any, **options: Any) -> EvalLoopOutput:
         """The Trainer's, but its loss is the mean over all tokens, not over batches; with perplexity and bits per byte."""
         self._sums.zero_()
         output = super().evaluation_loop(*args, **options)
-        nats, tokens = self.accelerator.reduce(self._sums.to(self.args.device, torch.float32), "sum").tolist()
+        nats, tokens = self._sums.tolist()
         loss = nats / tokens if tokens else float("nan")
         assert output.metrics is not None
         output.metrics.update(eval_loss=loss, eval_perplexity=exp(min(loss, 700)))
         if self.bytes_per_token:
             output.metrics["eval_bits_per_byte"] = loss / log(2) / self.bytes_per_token
         if not isfinite(loss):
-            raise TrainingError(f"the held-out loss is {loss} at step {self.state.global_step}: training diverged, or the data is.")
+            raise TrainingError(
+                f"the held-out loss is {loss} at step {self.state.global_step}: training diverged, or the data is."
+            )
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -89,6 +103,7 @@ class AdapterTrainer(Trainer):
         if not self.args.should_save:
             return
         # PEFT filters the tensors by itself. A new vocabulary's rows are trained whole, so that no embedding is to be added.
+        assert self.model is not None
         self.model.save_pretrained(folder, state_dict=tensors, save_embedding_layers=False)
         config = folder / CONFIG
         settings = json.loads(config.read_text(encoding="utf-8")) | {BASE_DIGEST: self.digest}

@@ -12,7 +12,7 @@ from ..checkpoint.checkpoint import Weight, Weights
 from ..checkpoint.hf import read_weights
 from ..errors import CheckpointError, listed
 from ..gguf_file import Tensor
-from .settings import CONFIG, Settings, read_settings
+from .settings import CONFIG, NO_TARGETS, Settings, read_settings
 
 _FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _TRAINER_FILES = ("pytorch_model.bin", "model.safetensors")  # a trainer's names; their tensors decide
@@ -90,7 +90,7 @@ def read_adapter(path: Path, *, alpha: float | None = None, rank: int | None = N
             "model.state_dict do with a newer PEFT. Save it again with save_pretrained, or take an earlier checkpoint."
         )
     parts = _parts(file, weights)
-    if not parts.low_rank:
+    if not parts.low_rank and not (settings and settings.targets == NO_TARGETS and all(map(settings.saves, parts.modules()))):
         raise CheckpointError(
             f"{file} holds {len(weights)} tensors ({listed(weights, 2)}) but no lora_A and lora_B: it is a model without its "
             "adapter, or an adapter that was not saved whole. Give the directory that save_pretrained wrote."
@@ -163,6 +163,10 @@ class _Parts:
     whole: dict[str, Weight]
     rows: dict[str, Weight]
     apart: dict[str, Weight]
+
+    def modules(self) -> list[str]:
+        """What was trained whole."""
+        return [name.rpartition(".")[0] for name in self.whole]
 
 
 def _parts(file: Path, weights: Weights) -> _Parts:

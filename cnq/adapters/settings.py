@@ -12,6 +12,8 @@ from ..errors import CheckpointError, listed
 CONFIG = "adapter_config.json"
 BASE_DIGEST = "cnq_base_digest"  # ours: the content digest of the base that the adapter was trained on
 
+NO_TARGETS = "dummy-target-modules"  # PEFT's word, as target_modules, for an adapter of whole modules only
+
 # Keys that say nothing about merging, and those that Settings holds. A key outside both must be empty.
 _INDIFFERENT = {
     "auto_mapping", "corda_config", "ephemeral_gpu_offload", "eva_config", "inference_mode", "layers_pattern",
