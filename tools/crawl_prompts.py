@@ -97,8 +97,8 @@ class Crawl:
         self._fruitless = 0 if kept else self._fruitless + 1
         if self._fruitless == _FRUITLESS:
             problems = [f"{name} {n}" for name, n in self.counts.items() if n]
-            raise EndpointError(f"the last {_FRUITLESS} replies held nothing to keep ({listed(problems, 20)}). Take a more "
-                                "capable model, or ask it for less at once: --items 3.")  # fmt: skip
+            raise EndpointError(f"the last {_FRUITLESS} replies held nothing to keep ({listed(problems, 20)}). Take a "
+                                "better model, ask it for less at once (--items), or let it finish: --max-tokens.")  # fmt: skip
 
     def _keep(self, reply: Reply) -> int:
         found = list(read(reply.text))
