@@ -426,6 +426,7 @@ def test_kill_9_loses_only_what_is_on_its_way(server, run, tmp_path):
 
 
 def test_ctrl_c_writes_what_there_is(server, tmp_path):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and so their children, ignore it
     out, journal = tmp_path / "out.json", tmp_path / "out.json.journal.jsonl"
     server.delay = 0.05
     process = program(server, out, 500)

@@ -407,7 +407,7 @@ class Model:
 
     @contextmanager
     def _interrupt_kept(self) -> Iterator[None]:
-        """Keep Ctrl-C for _decode too: Python would raise it where C enters `watcher`, before its try, and ctypes would drop it."""
+        """Keep Ctrl-C for _decode too: raised where C enters `watcher`, before its try, it would be dropped by ctypes."""
         here = threading.current_thread() is threading.main_thread()
         if not self._watched or not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
             yield
