@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 # See tools/llama_cpp_python.cmake. pip keeps the compiled wheel in its cache for the next .venv.
 export CMAKE_ARGS := -DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama_cpp_INCLUDE=$(CURDIR)/tools/llama_cpp_python.cmake $(CMAKE_ARGS)
 
-.PHONY: help setup quantize chat demo test check format docs golden bench clean
+.PHONY: help setup quantize chat demo test training check format docs golden bench clean
 
 help: ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,8 @@ demo: .venv/training ## train a small model on Chinese text, no GPU; measured be
 
 test: .venv/dev ## every test
 	$(BIN)/pytest
+
+training: .venv/training ## install what training takes (torch, transformers, DeepSpeed), which its tests take too
 
 check: .venv/dev ## format, lint, types, and whether docs/cli.md is fresh
 	$(BIN)/ruff format --check .
@@ -64,10 +66,10 @@ clean: ## remove .venv and what was built (not models/)
 	$(PIP) --editable .
 	@touch $@
 
-.venv/training: .venv/core
-	$(PIP) --editable '.[training]'
-	@touch $@
-
 .venv/dev: .venv/core
 	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/training: .venv/dev
+	$(PIP) --editable '.[training]'
 	@touch $@

@@ -18,6 +18,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 ├── PromptError             no prompt format is known for the model, or a template cannot be rendered
 ├── RecipeError             a recipe of training has an unknown key, or a value that cannot be
 ├── TrainingError           training diverged, ran out of memory, or saved something that is no adapter
+│   └── TrainingStopped     SIGTERM ended it, after a checkpoint was saved
 ├── OutputExists            the destination is there and --force was not given
 └── NoSpace                 the disk or the memory is too small, said before the work starts where that can be known
 """
@@ -94,6 +95,10 @@ class RecipeError(CnqError):
 
 
 class TrainingError(CnqError):
+    pass
+
+
+class TrainingStopped(TrainingError):
     pass
 
 

@@ -57,7 +57,8 @@ class Packed:
     def __init__(self, dataset: "Dataset", max_length: int):
         """Raises ValueError when an example is longer than max_length."""
         self._dataset = dataset
-        lengths = pc.list_value_length(dataset.data["input_ids"]).to_pylist() if len(dataset) else []
+        ids = dataset.select_columns("input_ids").with_format("arrow")[:]["input_ids"]
+        lengths = pc.list_value_length(ids).to_pylist() if len(dataset) else []
         self.rows = _best_fit(lengths, max_length)
         self.filled = sum(lengths) / (max_length * len(self.rows)) if self.rows else 0.0  # share of the rows' room
 
@@ -102,14 +103,16 @@ def _best_fit(lengths: Sequence[int], size: int) -> list[list[int]]:
 class Flattened:
     """Collator for rows of Packed: one behind the other in a single row, whatever the batch size.
 
-    So every attention of transformers keeps the examples apart: flash attention looks at position_ids only in batches of one.
+    So every attention of transformers keeps the examples apart. Flash attention looks at position_ids only in batches of one,
+    SDPA and eager only without an attention_mask and without a cache, which models fill unless told otherwise.
     """
 
-    def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor]":
-        """input_ids, labels, position_ids: (1, tokens) int64. No attention_mask: with one, position_ids are not looked at."""
+    def __call__(self, rows: Sequence[dict[str, Any]]) -> "dict[str, torch.Tensor | bool]":
+        """input_ids, labels, position_ids: (1, tokens) int64. use_cache: False."""
         import torch
 
+        names = ("input_ids", "labels", "position_ids")
         return {
-            name: torch.tensor([[value for row in rows for value in row[name]]])
-            for name in ("input_ids", "labels", "position_ids")
+            **{name: torch.tensor([[value for row in rows for value in row[name]]]) for name in names},
+            "use_cache": False,
         }

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import signal
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 import click
 
 from cnq import terminal
+from cnq.errors import TrainingStopped
 
 from .recipe import Recipe, read_recipe
 
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
     from .run import Data, Trained
     from .sources import Sources
 
+STOPPED = 128 + signal.SIGTERM  # the exit code that shells give a process that SIGTERM ended: a cluster's script goes by it
 DRY_RUN = click.option("--dry-run", is_flag=True, help="Say what would be done; load no model.")
 R = TypeVar("R", bound=Recipe)
 
@@ -44,14 +48,13 @@ def run(
         plan = planned_only(recipe, lambda sources: read_data(recipe, sources), say=report.say)
         terminal.emit(plan, as_json, _show_plan)
         return
-    result = train(
-        recipe,
-        lambda sources: read_data(recipe, sources),
-        force=force,
-        quiet=as_json or not first,
-        say=report.say,
-        planned=show,
-    )
+    quiet = as_json or not first
+    try:
+        result = train(recipe, lambda s: read_data(recipe, s), force=force, quiet=quiet, say=report.say, planned=show)
+    except TrainingStopped as stopped:
+        if first:
+            click.echo(str(stopped), err=True)
+        sys.exit(STOPPED)
     if first:
         terminal.emit(result, as_json, _show)
 

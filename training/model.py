@@ -68,8 +68,13 @@ def grow(model: Any, parts: Sequence[Sequence[int]]) -> None:
     model.requires_grad_(False)
 
 
-def lora_config(recipe: Recipe, tied: bool) -> peft.LoraConfig:
-    """tied: the head shares the embedding's rows; they stay one matrix then, also when they are trained."""
+def adapter_config(recipe: Recipe, tied: bool, adapter: Path | None) -> peft.LoraConfig:
+    """Of the adapter that goes on, else of the recipe's.
+
+    tied: the head shares the embedding's rows; they stay one matrix then, also when they are trained.
+    """
+    if adapter:
+        return peft.LoraConfig.from_pretrained(str(adapter))
     saved = [name for name in recipe.whole if not (tied and name == "lm_head" and "embed_tokens" in recipe.whole)]
     common: dict[str, Any] = {
         "task_type": "CAUSAL_LM",
@@ -92,7 +97,7 @@ def with_adapter(model: Any, recipe: Recipe, adapter: Path | None) -> Any:
     Raises CheckpointError when the adapter does not fit the model.
     """
     if adapter is None:
-        model = peft.get_peft_model(model, lora_config(recipe, bool(model.config.tie_word_embeddings)))
+        model = peft.get_peft_model(model, adapter_config(recipe, bool(model.config.tie_word_embeddings), None))
     else:
         model = _continued(model, adapter)
     if not recipe.deepspeed:
@@ -185,7 +190,7 @@ def _knobs(recipe: Recipe) -> str:
     knobs = [
         halves if batch > 1 else "",
         "gradient_checkpointing=true" if not recipe.gradient_checkpointing else "",
-        f"{length}={getattr(recipe, length) // 2}",
+        f"{length}={recipe.length // 2}",
         f"load_in_kbits={fewer}" if fewer != recipe.load_in_kbits and "zero3" not in (recipe.deepspeed or "") else "",
         "optim=paged_adamw_8bit" if "8bit" not in str(recipe.argument("optim")) and not recipe.deepspeed else "",
         "lora.modules_to_save=[]" if set(recipe.whole) & set(EMBEDDINGS) and not isinstance(recipe, Pretraining) else "",

@@ -82,6 +82,11 @@ class Recipe(BaseModel):
             raise ValueError("device_map=auto is for one process, deepspeed for one a GPU. Leave one of them out")
         return self
 
+    @property
+    def length(self) -> int:
+        """Tokens of a row."""
+        raise NotImplementedError
+
     def argument(self, name: str) -> Any:
         """An argument of the Trainer, or its default."""
         return self.arguments.get(name, _DEFAULTS.get(name, _trainer_arguments()[name][1]))
@@ -121,6 +126,10 @@ class Pretraining(Recipe):
         return self
 
     @property
+    def length(self) -> int:
+        return self.block_size
+
+    @property
     def whole(self) -> tuple[str, ...]:
         return EMBEDDINGS if self.stage == 1 else super().whole
 
@@ -136,6 +145,10 @@ class Tuning(Recipe):
     max_length: int = Field(default=512, ge=8)
     too_long: Literal["cut", "drop"] = "cut"
     packing: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.max_length
 
 
 R = TypeVar("R", bound=Recipe)

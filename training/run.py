@@ -15,10 +15,10 @@ from transformers.trainer_callback import PrinterCallback
 
 from cnq import __version__
 from cnq.adapters.settings import CONFIG, read_settings
-from cnq.errors import CheckpointError, OutputExists, TrainingError
+from cnq.errors import CheckpointError, OutputExists, RecipeError, TrainingStopped
 from cnq.files import user_dir
 
-from .model import DTYPES, explaining_memory, grow, load_base, with_adapter
+from .model import DTYPES, adapter_config, explaining_memory, grow, load_base, with_adapter
 from .plan import Plan, plan
 from .recipe import Recipe
 from .safety import Board, Say, StopOnSignal, require_effect
@@ -103,7 +103,8 @@ def train(
     with explaining_memory(recipe):
         trainer.train(resume_from_checkpoint=str(resumed) if resumed else None)
         if stop.stopped:
-            raise TrainingError(
+            trainer.accelerator.wait_for_everyone()  # a cluster kills the others when the first process ends
+            raise TrainingStopped(
                 f"stopped by SIGTERM after step {trainer.state.global_step}; it is saved in {recipe.output}/checkpoint-"
                 f"{trainer.state.global_step}. Go on with resume_from_checkpoint=true."
             )
@@ -131,10 +132,14 @@ def planned_only(recipe: Recipe, read_data: Callable[[Sources], Data], *, say: S
 def _arguments(recipe: Recipe, quiet: bool) -> TrainingArguments:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed says on stdout that it looked for one
-    arguments = TrainingArguments(
-        output_dir=str(recipe.output), report_to="none", logging_nan_inf_filter=False, remove_unused_columns=False,
-        prediction_loss_only=True, disable_tqdm=quiet, **recipe.trainer_arguments(),
-    )  # fmt: skip
+    given = {"use_cpu": not torch.accelerator.is_available()} | recipe.trainer_arguments()
+    try:
+        arguments = TrainingArguments(
+            output_dir=str(recipe.output), report_to="none", logging_nan_inf_filter=False, remove_unused_columns=False,
+            prediction_loss_only=True, disable_tqdm=quiet, **given,
+        )  # fmt: skip
+    except ValueError as error:
+        raise RecipeError(f"the Trainer refuses the recipe: {str(error).splitlines()[0].rstrip('.')}.") from error
     if recipe.deepspeed and arguments.world_size > 1:
         import deepspeed
 
@@ -150,7 +155,8 @@ def _prepared(
         sources = find_sources(recipe, say)
         data = read_data(sources)
     rows = sources.rows + len(sources.new)
-    return sources, data, plan(recipe, sources.config, rows, data.n, arguments.world_size)
+    lora = adapter_config(recipe, bool(sources.config.tie_word_embeddings), sources.adapter)
+    return sources, data, plan(recipe, sources.config, lora, rows, data.n, arguments.world_size)
 
 
 def _measured(trainer: AdapterTrainer) -> dict[str, float]:

@@ -151,6 +151,11 @@ def _with_new_rows(found: Sources, recipe: Recipe) -> Sources:
             f"{found.tokenizer_folder} has {len(found.tokenizer)} tokens, the embedding of {found.base} {found.rows} rows. If "
             f"the {more} tokens are to be learned, say so: tokenizer={found.tokenizer_folder}. Else take the model's own."
         )
+    if found.adapter:
+        raise VocabMismatch(
+            f"the tokenizer has {more} tokens that neither {found.base} nor {found.adapter} has rows for. Merge the adapter "
+            "first (python -m training.merge_lora), and train a new one on the result."
+        )
     if not set(EMBEDDINGS) <= set(recipe.whole):
         raise RecipeError(
             f"the tokenizer has {more} tokens that {found.base} has no rows for. They have to be trained whole: "

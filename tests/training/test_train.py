@@ -243,6 +243,11 @@ def test_ggufs_and_other_layouts_are_refused(gguf, data, tmp_path):
         runs.run(runs.text_recipe(Path("7b-plus"), data, tmp_path / "out"))
 
 
+def test_what_the_trainer_refuses_is_said(base, data, tmp_path):
+    with pytest.raises(RecipeError, match="the Trainer refuses the recipe: 'adam' is not a valid OptimizerNames"):
+        runs.run(runs.text_recipe(base, data, tmp_path / "out", optim="adam"))
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_its_batch(base, data, tmp_path):
     """Row 7 of the embedding is NaN: the batch in the file is the first that has token 7 in it."""
     broken = tmp_path / "broken"
@@ -300,7 +305,7 @@ def test_sigterm_saves_a_checkpoint_that_the_run_goes_on_from(base, data, tmp_pa
     time.sleep(0.3)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 1 and "stopped by SIGTERM after step" in said and "Traceback" not in said
+    assert process.returncode == 143 and "stopped by SIGTERM after step" in said and "Traceback" not in said
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(checkpoint.name.partition("-")[2])
     assert step > 0
