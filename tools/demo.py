@@ -5,8 +5,6 @@ python tools/demo.py
 """
 
 import json
-import logging
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from cnq.corpus import peoples_daily
 from cnq.errors import TrainingError
 from cnq.files import replacing
 from cnq.machine import instructions
+from training.command import silence_libraries
 from training.merge_lora import merge_lora
 from training.pretrain import read_data
 from training.recipe import Pretraining, recipe_of
@@ -71,6 +70,7 @@ def demo(
     when the held-out text has not become likelier.
     """
     started = time.perf_counter()
+    silence_libraries()
     progress.say("1. the model as it is")
     before = build(model, [TYPE], chunks=chunks, eval_chunks=eval_chunks, progress=progress)
     base = _checkpoint(model, before.result.parent)
@@ -139,8 +139,6 @@ def _trained(recipe: Pretraining, progress: terminal.Progress) -> float:
     if (recipe.output / "adapter_config.json").is_file():
         progress.skipped(recipe.output)
         return 0.0
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns of forks, which data loaders make
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # which warns of what is missing for GPUs
     from training.run import train  # torch and transformers load here
 
     found = train(recipe, lambda sources: read_data(recipe, sources), quiet=progress.quiet, say=progress.say)
