@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parent / "golden"))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))
 
 import tiny
 

@@ -1,6 +1,10 @@
 """The importance matrix: llama-imatrix's numbers, resumed, merged, dense and with experts."""
 
+import _thread
 import json
+import signal
+import threading
+import time
 from pathlib import Path
 
 import make_tools
@@ -101,6 +105,22 @@ def test_a_pass_ends_after_the_last_matrix_asked_for(f16):
                 model.feed([5] * 64)
         assert [name for name, more in shown if not more] == ["output.weight" if process_output else "blk.1.ffn_down.weight"]
         assert ("output.weight" in collector.sums) == process_output
+
+
+def test_ctrl_c_is_not_lost_in_native_code(f16):
+    """It mostly comes while llama.cpp calls back, where Python's own exception would be dropped."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        with Model(f16, n_ctx=64, n_batch=64, n_threads=1, watch=lambda tensor, ask: True) as model:
+            for _ in range(5):
+                with pytest.raises(KeyboardInterrupt):
+                    threading.Timer(0.02, _thread.interrupt_main).start()
+                    until = time.monotonic() + 2
+                    while time.monotonic() < until:
+                        model.feed([5] * 64)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_an_interrupted_run_goes_on_and_ends_in_the_same_file(f16, tmp_path):

@@ -38,7 +38,7 @@ def run(
 ) -> None:
     """Train what a recipe says, and show it. read_data: of training.run.train, with the recipe first."""
     first = os.environ.get("RANK", "0") == "0"
-    _quiet()
+    silence_libraries()
     recipe = read_recipe(kind, path, overrides)
     from .run import planned_only, train  # torch and transformers load here, when the recipe is sound
 
@@ -77,8 +77,8 @@ def _show(result: "Trained") -> None:
     click.echo(f"next        python -m training.merge_lora BASE {result.path} MERGED")
 
 
-def _quiet() -> None:
-    """What libraries say of themselves."""
+def silence_libraries() -> None:
+    """What they say of themselves. Call it before they load."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers warns of forks, which data loaders make
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="'pin_memory' argument")  # of data loaders, on a CPU

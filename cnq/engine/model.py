@@ -4,8 +4,10 @@ import copy
 import ctypes
 import hashlib
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from itertools import compress, count
@@ -88,6 +90,7 @@ class Model:
         context.n_ctx = n_ctx
         _tune(context, replace(tuned, flash_attn=False, type_kv="F32") if exact else tuned, n_batch, n_threads)
         self._watch_error: BaseException | None = None
+        self._watched = watch is not None
         if watch:
             context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
         self._flag = None if stop else ggml.Flag()
@@ -378,7 +381,8 @@ class Model:
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
-        status = lib.llama_decode(self._ctx, self._batch.filled(tokens, position, n_logits))
+        with self._interrupt_kept():
+            status = lib.llama_decode(self._ctx, self._batch.filled(tokens, position, n_logits))
         if error := self._watch_error:
             self._watch_error = None
             raise error
@@ -401,6 +405,23 @@ class Model:
                 return False
 
         return watcher
+
+    @contextmanager
+    def _interrupt_kept(self) -> Iterator[None]:
+        """Keep Ctrl-C for _decode too: raised where C enters `watcher`, before its try, it would be dropped by ctypes."""
+        here = threading.current_thread() is threading.main_thread()
+        if not self._watched or not here or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+
+        def keep(number: int, frame: object) -> None:
+            self._watch_error = KeyboardInterrupt()
+
+        signal.signal(signal.SIGINT, keep)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _forget(self, keep: int) -> None:
         """Drop all but the first `keep` tokens from the context."""

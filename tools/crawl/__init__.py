@@ -1,0 +1,1 @@
+"""What tools/crawl_prompts.py is made of."""
