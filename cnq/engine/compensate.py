@@ -8,6 +8,7 @@ before it did to the layer's output on the calibration text (factor.py); then ev
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -121,6 +122,7 @@ def compensate(
             factor = hessian.factor(damping, by_diagonal, pool)
             return lambda part: _compensated(part, shape, factor, hessian.fit, sweeps)
 
+        @cache
         def tried(damping: float, by_diagonal: bool) -> float:
             return _rounded(sample, type, again(damping, by_diagonal), hessian, pool)[1]
 
