@@ -124,11 +124,23 @@ def records(path: Path) -> Iterator[Record]:
     for where, value in _values(path):
         nothing = False
         try:
-            yield _record(where, value)
+            record = _record(where, value)
+            _require_whole(record)
+            yield record
         except ValueError as error:
             raise CorpusError(f"{where} {error}.") from None
     if nothing:
         raise CorpusError(f"{path} holds no records. Expected {EXPECTED}.")
+
+
+def _require_whole(record: Record) -> None:
+    """JSON can spell out half of a character that takes two \\u, as cut emoji leave it; no tokenizer takes that."""
+    for content in (record.text or "", *(m["content"] for m in record.messages)):
+        try:
+            content.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(content[error.start]):x}"
+            raise ValueError(f"has half a character, {half}, behind {content[: error.start][-20:]!r}. Remove it") from None
 
 
 def _values(path: Path) -> Iterator[tuple[str, Any]]:

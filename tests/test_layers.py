@@ -11,8 +11,8 @@ CNQ = ROOT / "cnq"
 # A module imports only from those before it.
 ORDER = [
     "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "records",
-    "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
-    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
+    "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine",
+    "quantize", "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
     "prompt_cache", "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build",
     "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip

@@ -115,6 +115,8 @@ BAD_TURN = {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "con
         ('[{"messages": [{"role": "user", "content": null}]}]', "record 1 has no text in turn 1"),
         ('[{"messages": [{"content": "a"}]}]', "record 1 has no role in turn 1"),
         ('[[{"role": "user", "text": "a"}, 1]]', "record 1 has no role in turn 2"),
+        ('[{"text": "好\\ud83d"}]', "record 1 has half a character, \\ud83d, behind '好'"),
+        (r'[{"messages": [{"role": "user", "content": "\ude00"}]}]', "record 1 has half a character"),
         ('[{"text": "a"}', "is no JSON"),
         ('{"text": "a"}\n{"text": ', "line 2 is no JSON"),
         (listed({"text": "量化"}).encode("gbk"), "is GBK, not UTF-8. Convert it: iconv -f GB18030 -t UTF-8 "),

@@ -8,7 +8,7 @@ a whole file. Each is bos, where the tokenizer puts one, its tokens, and eos. Do
 blocks of block_size tokens, of which the last may be shorter. Special tokens that a text spells out are text.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from .encoding import Encoder, batches, bytes_of
 from .token_cache import Rows, cached, key, opened
 
 SUFFIXES = (".txt",)
+_REPORTED = 1000  # documents between two reports
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ def blocks(
     seed: int = 0,
     documents: Kind = "line",
     streaming: bool = False,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Blocks:
     """Blocks of the *.txt files in `paths`, files or folders.
 
     cache: folder for what was tokenised, used again as long as files, tokenizer and options are the same.
     held_out: share of the documents not trained on, chosen by their text and `seed`, at least one; 0 = none.
     streaming: train is read and tokenised as it is used, in the memory of a few documents: the same blocks in the same order.
+    progress: called with the documents tokenised, and of how many.
 
     Raises CorpusError (no files, no text, an encoding other than UTF-8, too few documents to hold one out, options out of
     range), CheckpointError (a slow tokenizer, or one without eos).
@@ -86,7 +89,10 @@ def blocks(
     def make(new: Path) -> dict[str, Any]:
         found = survey(files, documents, held_out, seed)
         corpus = Corpus(tuple(files), documents, seed, found.threshold)
-        n_tokens, n_blocks = (None, None) if streaming else _write_train(new / "train.arrow", corpus, encoder, block_size)
+        n_tokens, n_blocks = None, None
+        if not streaming:
+            texts = _reported(corpus.texts(held_out=False), progress, found.documents)
+            n_tokens, n_blocks = _write_train(new / "train.arrow", texts, encoder, block_size)
         kept = _write_held_out(new / "held_out.arrow", corpus, encoder, block_size)
         counts = BlockCounts(len(files), found.documents, found.nbytes, n_tokens, n_blocks, found.held_out_documents, *kept)
         return {"threshold": found.threshold, "counts": asdict(counts)}
@@ -100,11 +106,19 @@ def blocks(
     )
 
 
-def _write_train(path: Path, corpus: Corpus, encoder: Encoder, block_size: int) -> tuple[int, int]:
+def _reported(texts: Iterable[str], progress: Callable[[int, int], object], total: int) -> Iterator[str]:
+    for done, text in enumerate(texts):
+        if done % _REPORTED == 0:
+            progress(done, total)
+        yield text
+    progress(total, total)
+
+
+def _write_train(path: Path, texts: Iterable[str], encoder: Encoder, block_size: int) -> tuple[int, int]:
     """Returns how many tokens and blocks."""
     tokens = 0
     with Rows(path, ["input_ids"]) as rows:
-        for ids in _train_blocks(corpus, encoder, block_size):
+        for ids in _train_blocks(texts, encoder, block_size):
             rows.add({"input_ids": ids})
             tokens += len(ids)
     return tokens, rows.n
@@ -122,8 +136,8 @@ def _write_held_out(path: Path, corpus: Corpus, encoder: Encoder, block_size: in
     return rows.n, tokens, nbytes
 
 
-def _train_blocks(corpus: Corpus, encoder: Encoder, block_size: int) -> Iterator[list[int]]:
-    documents = ((encoder.bos + ids + [encoder.eos],) for ids in encoder.ids(corpus.texts(held_out=False)))
+def _train_blocks(texts: Iterable[str], encoder: Encoder, block_size: int) -> Iterator[list[int]]:
+    documents = ((encoder.bos + ids + [encoder.eos],) for ids in encoder.ids(texts))
     return (ids for (ids,) in _cut(documents, block_size))
 
 
@@ -159,5 +173,5 @@ def _stream(corpus: Corpus, tokenizer: Any, block_size: int) -> IterableDataset:
 
 
 def _streamed(corpus: Corpus, tokenizer: Any, block_size: int) -> Iterator[dict[str, Any]]:
-    for ids in _train_blocks(corpus, Encoder(tokenizer), block_size):
+    for ids in _train_blocks(corpus.texts(held_out=False), Encoder(tokenizer), block_size):
         yield {"input_ids": ids}

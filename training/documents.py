@@ -64,7 +64,7 @@ def survey(files: Sequence[Path], kind: Kind, share: float, seed: int) -> Survey
 def _documents(files: Iterable[Path], kind: Kind) -> Iterator[str]:
     for file in files:
         if kind == "file":
-            texts: Iterable[str] = [records.text(file).removesuffix("\n")]
+            texts: Iterable[str] = ["\n".join(records.lines(file))]
         elif kind == "line":
             texts = records.lines(file)
         else:

@@ -66,10 +66,8 @@ class Encoder:
 
     def digest(self) -> str:
         """sha256 of all that decides how texts are encoded."""
-        model = json.loads(self.tokenizer.backend_tokenizer.to_str())
-        for state in ("truncation", "padding"):  # of the last call
-            model.pop(state, None)
-        said = json.dumps([model, self.bos, self.eos, sorted(self.special)], sort_keys=True)
+        model = self.tokenizer.backend_tokenizer.to_str()  # without truncation and padding, which the last call has reset
+        said = json.dumps([model, self.bos, self.eos, sorted(self.special)])
         return hashlib.sha256(said.encode()).hexdigest()
 
 
@@ -92,7 +90,7 @@ def bytes_of(text: str, encoded: Encoded) -> list[int]:
 
     A character that several tokens share counts where it begins; a space that the tokenizer puts in front has no bytes.
     """
-    at = [0, *accumulate(len(c.encode("utf-8", "surrogatepass")) for c in text)]
+    at = [0, *accumulate(len(c.encode()) for c in text)]
     seen, sizes = 0, []
     for end in encoded.ends:
         sizes.append(max(0, at[end] - seen))

@@ -6,7 +6,7 @@ Trainer(..., train_dataset=Packed(made.train, 512), data_collator=Flattened())
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,13 @@ def examples(
     cache: Path,
     held_out: float = 0.01,
     seed: int = 0,
+    progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Examples:
     """Examples of the conversations in `paths`, files or folders of .json, .jsonl and .parquet.
 
     format: of the prompt, or a Jinja template; None = the tokenizer's own template. cache: as for `blocks`.
     held_out: share of the conversations not trained on, chosen by their first question and `seed`, at least one; 0 = none.
+    too_long: see training/fitting.py. progress: called with the conversations tokenised, and of how many.
 
     Raises CorpusError (what cnq.records refuses, nothing to learn, options out of range), PromptError (no template, or one
     that refuses a conversation), CheckpointError (a slow tokenizer, or one without eos).
@@ -87,7 +89,7 @@ def examples(
     def make(new: Path) -> dict[str, Any]:
         found = read(files)
         fitting = Fitting(Formatter(encoder, jinja), max_length, too_long)
-        return asdict(_write(new, found, fitting, _apart(found.items, held_out, seed)))
+        return asdict(_write(new, found, fitting, _apart(found.items, held_out, seed), progress))
 
     counts = ExampleCounts(**cached(folder, make))
     return Examples(opened(folder / "train.arrow"), opened(folder / "held_out.arrow") if held_out else None, counts)
@@ -119,14 +121,17 @@ def _question(item: Record) -> str:
     return next((m["content"] for m in item.messages if m["role"] == "user"), item.messages[0]["content"])
 
 
-def _write(folder: Path, found: Dialogues, fitting: Fitting, apart: Sequence[bool]) -> ExampleCounts:
+def _write(
+    folder: Path, found: Dialogues, fitting: Fitting, apart: Sequence[bool], progress: Callable[[int, int], object]
+) -> ExampleCounts:
     n: Counter[str] = Counter()
     train, held_out = (
         Rows(folder / "train.arrow", ["input_ids", "labels"]),
         Rows(folder / "held_out.arrow", ["input_ids", "labels", "bytes"]),
     )
     with train, held_out:
-        for fitted, away in zip(fitting.all(found.items), apart, strict=True):
+        for done, (fitted, away) in enumerate(zip(fitting.all(found.items), apart, strict=True), 1):
+            progress(done, len(apart))
             n["cut"] += fitted.cut
             n["answers_cut"] += fitted.answer_cut
             n["dropped"] += not fitted.examples

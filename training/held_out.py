@@ -9,7 +9,7 @@ def position(text: str, seed: int) -> float:
 
     So equal texts never stand on both sides, and neither their order nor other texts move one.
     """
-    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=str(seed).encode()).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8, key=str(seed).encode()).digest()
     return int.from_bytes(digest, "big") / 2**64
 
 

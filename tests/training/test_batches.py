@@ -6,11 +6,11 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 datasets = pytest.importorskip("datasets")
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from hypothesis import given, settings  # noqa: E402
+from hypothesis import strategies as st  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from training.batches import UNLEARNED, Flattened, Packed, Padded
+from training.batches import UNLEARNED, Flattened, Packed, Padded  # noqa: E402
 
 ROOM = 24
 

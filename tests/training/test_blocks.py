@@ -237,3 +237,16 @@ def test_a_tokenizer_without_eos_or_without_offsets_is_refused(corpus, tmp_path)
     slow = type("Slow", (), {"is_fast": False, "name_or_path": "old/"})()
     with pytest.raises(CheckpointError, match="old/: its tokenizer is a slow one"):
         blocks([corpus], slow, block_size=16, cache=tmp_path / "cache")
+
+
+def test_progress_and_line_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(blocks_file, "_REPORTED", 2)
+    (tmp_path / "a.txt").write_bytes("\ufeff一\r\n二\r\n\r\n三\r\n".encode())
+    seen = []
+    for kind, want in (("line", ["一", "二", "三"]), ("paragraph", ["一\n二", "三"]), ("file", ["一\n二\n\n三"])):
+        made = blocks(
+            [tmp_path], tokenizer("qwen2"), block_size=99, cache=tmp_path / "cache", held_out=0, documents=kind,
+            progress=lambda *at: seen.append(at),
+        )  # fmt: skip
+        assert documents_of("qwen2", made.train) == want
+    assert seen == [(0, 3), (2, 3), (3, 3), (0, 2), (2, 2), (0, 1), (1, 1)]
