@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -79,7 +80,7 @@ def train(
     """
     started = time.perf_counter()
     arguments = _arguments(recipe, quiet)
-    resumed = _place(recipe, force)
+    resumed = _place(recipe, force, arguments.should_save)
     sources, data, what = _prepared(recipe, arguments, read_data, say)
     digest = base_digest(sources) if arguments.should_save else ""
     if arguments.should_save:
@@ -172,8 +173,11 @@ def cache_folder(recipe: Recipe) -> Path:
     return recipe.cache or user_dir("cache") / "training"
 
 
-def _place(recipe: Recipe, force: bool) -> Path | None:
-    """The checkpoint to go on from, or None. Raises OutputExists, CheckpointError."""
+def _place(recipe: Recipe, force: bool, first: bool) -> Path | None:
+    """The checkpoint to go on from, or None. force: those of another run are removed, by the `first` process.
+
+    Raises OutputExists, CheckpointError.
+    """
     out = recipe.output
     steps = {int(p.name.partition("-")[2]): p for p in out.glob("checkpoint-*") if p.name.partition("-")[2].isdigit()}
     complete = {step: p for step, p in steps.items() if (p / "trainer_state.json").is_file()}  # which is written last
@@ -192,6 +196,8 @@ def _place(recipe: Recipe, force: bool) -> Path | None:
             f"{out} holds checkpoints of a run, the last at step {max(steps)}. Go on with it: resume_from_checkpoint=true; or "
             "begin anew: --force."
         )
+    for folder in steps.values() if first else ():
+        shutil.rmtree(folder)  # else the next run would take them for its own
     return None
 
 

@@ -230,6 +230,8 @@ def test_outputs_are_kept(trained, base, data, tmp_path):
     shutil.copytree(trained.path / "checkpoint-4", tmp_path / "out/checkpoint-4")
     with pytest.raises(OutputExists, match="checkpoints of a run, the last at step 4"):
         runs.run(runs.text_recipe(base, data, tmp_path / "out"))
+    runs.run(runs.text_recipe(base, data, tmp_path / "out", max_steps=2), force=True)
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
 def test_a_longer_tokenizer_grows_rows_that_are_the_mean_of_their_parts(base, data, tmp_path):
