@@ -60,11 +60,12 @@ def run(
 
 
 def _show_plan(plan: "Plan") -> None:
-    m, gigabytes = plan.memory, lambda n: f"{n / 1e9:.1f}"
+    m = plan.memory
     click.echo(f"parameters  {plan.parameters:,}, of them trained {plan.trained:,} ({plan.trained / plan.parameters:.2%})")
-    parts = ", ".join(f"{name} {gigabytes(getattr(m, name))}" for name in ("weights", "gradients", "optimizer", "activations"))
-    host = f"; {gigabytes(m.host)} GB of the machine's" if m.host else ""
-    click.echo(f"memory      about {gigabytes(m.total)} GB a GPU: {parts}{host} (estimated)")
+    names = ("weights", "gradients", "optimizer", "activations")
+    parts = ", ".join(f"{name} {terminal.size(int(getattr(m, name)))}" for name in names)
+    host = f"; {terminal.size(int(m.host))} of the machine's" if m.host else ""
+    click.echo(f"memory      about {terminal.size(int(m.total))} a GPU: {parts}{host} (estimated)")
     steps = f"{plan.steps:,} steps of" if plan.steps else "steps of"
     total = f", {plan.steps * plan.tokens_per_step:,} in all" if plan.steps else ""
     click.echo(f"training    {steps} {plan.tokens_per_step:,} tokens{total}; {plan.world} process(es)")

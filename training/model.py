@@ -127,7 +127,8 @@ def _continued(model: Any, adapter: Path) -> Any:
 
 
 def trained(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    """What is trained, a parameter that two modules share by both its names, as PEFT saves it."""
+    return ((name, p) for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad)
 
 
 def saved_name(name: str) -> str:
@@ -150,11 +151,13 @@ def whole(*parameters: nn.Parameter, write: bool = False) -> Iterator[None]:
 
 def trained_tensors(model: Any, keep: bool) -> dict[str, torch.Tensor]:
     """What was trained, whole, on the CPU, by its name in the model: one parameter at a time. keep: on this rank."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
+    names: dict[int, str] = {}
     for name, parameter in trained(model):
+        first = names.setdefault(id(parameter), name)
         with whole(parameter):
             if keep:
-                tensors[name] = parameter.detach().cpu().clone()
+                tensors[name] = tensors[first] if first != name else parameter.detach().cpu().clone()
     return tensors
 
 

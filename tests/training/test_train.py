@@ -156,6 +156,33 @@ def test_an_adapter_computes_the_same_merged_and_in_llama_cpp(trained, base, tmp
         assert np.abs(model.logits(TOKENS) - want).max() < 1e-3
 
 
+@pytest.mark.parametrize("saved", [[], runs.EMBEDDINGS])
+def test_a_head_that_shares_the_embeddings_rows_goes_on_sharing_them(data, tmp_path, saved):
+    base = tiny.checkpoint(tmp_path / "base", dtype="F32", tie_word_embeddings=True)
+    result = runs.run(runs.text_recipe(base, data, tmp_path / "out", lora={"modules_to_save": saved}))
+    merge_lora(base, [result.path], tmp_path / "merged")
+    assert json.loads((tmp_path / "merged/config.json").read_text())["tie_word_embeddings"] is True
+    want = logits_of(model_of(base, result.path), TOKENS)
+    assert np.abs(logits_of(model_of(tmp_path / "merged"), TOKENS) - want).max() < 1e-4
+    again = runs.run(runs.text_recipe(base, data, tmp_path / "again", adapter=str(result.path), max_steps=1))
+    assert runs.losses(again)[0] < runs.losses(result)[0]
+
+
+def test_bf16_trains_float32_weights(base, data, tmp_path):
+    """Mixed precision: the base in bf16, what is trained in float32; the sample is computed outside the Trainer's autocast."""
+    keys = {"dtype": "bf16", "lora": {"modules_to_save": runs.EMBEDDINGS}, "samples": ["人工"], "max_steps": 6}
+    result = runs.run(runs.text_recipe(base, data, tmp_path / "out", **keys))
+    assert {t.dtype for t in tensors(result.path).values()} == {torch.float32}
+    assert runs.losses(result)[-1] < runs.losses(result)[0] - 0.1
+
+
+def test_a_stream_is_trained_as_a_file_is(base, data, tmp_path):
+    keys = {"train_sampling_strategy": "sequential", "max_steps": 3}
+    whole = runs.run(runs.text_recipe(base, data, tmp_path / "whole", **keys))
+    stream = runs.run(runs.text_recipe(base, data, tmp_path / "stream", **keys, streaming=True))
+    assert runs.losses(stream) == pytest.approx(runs.losses(whole), rel=1e-6)
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_what_a_stage_trains(stage, base, data, tmp_path):
     lora = {"modules_to_save": runs.EMBEDDINGS} if stage == 2 else None
@@ -244,7 +271,7 @@ def test_ggufs_and_other_layouts_are_refused(gguf, data, tmp_path):
 
 
 def test_what_the_trainer_refuses_is_said(base, data, tmp_path):
-    with pytest.raises(RecipeError, match="the Trainer refuses the recipe: 'adam' is not a valid OptimizerNames"):
+    with pytest.raises(RecipeError, match="the Trainer refuses the recipe: adam is not a valid OptimizerNames"):
         runs.run(runs.text_recipe(base, data, tmp_path / "out", optim="adam"))
 
 
