@@ -34,7 +34,10 @@ def completion(text: str, finish: str = "stop") -> JSONResponse:
 
 
 class Server:
-    """answers: what to say to the next requests; when they are used up, `n` fresh items each. seen: the requests."""
+    """answers: what to say to the next requests; when they are used up, `n` fresh items each, after `delay` seconds.
+
+    seen, headers, at: of the requests, and when they came. given: items so far. most: requests answered at the same time.
+    """
 
     def __init__(self) -> None:
         self.answers: list[Response] = []
@@ -42,7 +45,7 @@ class Server:
         self.seen: list[dict[str, Any]] = []
         self.headers: list[dict[str, Any]] = []
         self.at: list[float] = []
-        self.lock = threading.Lock()
+        self.running = self.most = 0
         routes = [Route("/v1/chat/completions", self.complete, methods=["POST"]), Route("/v1/models", self.models)]
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/v1"
@@ -56,8 +59,10 @@ class Server:
         self.headers.append(dict(request.headers))
         if self.answers:
             return self.answers.pop(0)
-        if self.delay:
-            await asyncio.sleep(self.delay)
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(self.delay)
+        self.running -= 1
         numbers = range(self.given, self.given + self.n)
         self.given += self.n
         return completion(json.dumps([item(i) for i in numbers], ensure_ascii=False))

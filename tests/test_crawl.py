@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from email.utils import formatdate
-from itertools import pairwise
 from pathlib import Path
 
 import crawl_prompts
@@ -225,7 +224,7 @@ def test_retries(run, server):
 
 
 def test_a_retry_after_holds_for_all(run, server):
-    server.answers = [JSONResponse({}, 429, {"Retry-After": "0.5"})]
+    server.answers, server.delay = [JSONResponse({}, 429, {"Retry-After": "0.5"})], 0.2
     assert run("--n", "10", "--items", "2", "--concurrency", "2", "--rate", "6000").exit_code == 0
     late = [at for at in server.at[2:] if at - server.at[0] < 0.5]
     assert not late
@@ -241,16 +240,16 @@ def test_retry_after_is_seconds_or_a_date():
 
 
 def test_rate(run, server):
+    started = time.monotonic()
     assert run("--n", "8", "--rate", "600", "--concurrency", "8").exit_code == 0
-    assert all(b - a > 0.09 for a, b in pairwise(server.at))
+    assert len(server.at) >= 4
+    assert all(at - started > 0.099 * i for i, at in enumerate(server.at))
 
 
 def test_concurrency(run, server):
-    server.delay = 0.3
-    started = time.monotonic()
+    server.delay = 0.5
     assert run("--n", "16", "--items", "2", "--concurrency", "8").exit_code == 0
-    assert len(server.seen) == 8
-    assert server.at[-1] - server.at[0] < 0.3 and time.monotonic() - started < 2
+    assert (len(server.seen), server.most) == (8, 8)
 
 
 @pytest.mark.parametrize(
