@@ -72,7 +72,7 @@ def _needed() -> Iterator[tuple[str, str]]:
         waiting += set(names) - seen
         seen |= set(names)
         if package.name != "cnq":
-            yield package.name, str(package.metadata.get_payload() or "").strip()
+            yield package.name, str(package.metadata.json.get("description", "")).strip()
 
 
 def reviews() -> Source:
