@@ -222,15 +222,14 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
 
 
 def losses(gguf: Path, other: Path, imatrix: Path) -> dict[str, float]:
-    """Mean square of the error at each matrix's output over all rows of an importance matrix's second moments."""
+    """Mean square of the error at each matrix's output over the inputs that an importance matrix's second moments are of."""
     statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(other)
     found = {}
     for number, one in enumerate(statistics.inputs):
         sums = statistics.read(number)
         for name in one.weights:
             error = exact.tensor(name).float32() - file.tensor(name).float32()
-            total = np.einsum("ij,ij->", error @ (sums.fit + sums.held), error, dtype=np.float64)
-            found[name] = float(total) / (sums.n_fit + sums.n_held)
+            found[name] = float(np.einsum("ij,ij->", error @ sums.fit, error, dtype=np.float64)) / sums.n_fit
     return found
 
 

@@ -17,10 +17,9 @@ from ..gguf_file import TensorType
 from . import rows
 from .codes import Form, form
 from .factor import Factor, factorized, ridge
+from .quantizer import DAMPINGS, ORDERS
 from .refine import Rounded, nearest, sweep
 
-DAMPINGS = (0.1, 0.03, 0.3)
-ORDERS = (True, False)
 _TILE = 512  # rows that a thread works on at once
 _SUB = 32  # columns after which errors are handed on to the rest of a block
 _BLOCK = 256  # and after which they are handed on to the next block

@@ -10,7 +10,7 @@ from ..hessian_file import Statistics
 from . import rows
 from .codes import can_change
 from .compensate import Compensated, Hessian, compensate
-from .quantizer import DAMPINGS, ORDERS, Outcome
+from .quantizer import Outcome
 
 
 class Compensation:
@@ -51,7 +51,7 @@ class Compensation:
                     continue
                 if hessian is None:
                     sums = self._statistics.read(number)
-                    hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
+                    hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
                 found = _compensated(name, weights, type, importance, hessian, threads)
                 outcome = Outcome(
                     name, one.expert, type.name, None, found.loss_plain, found.loss, found.kept, found.damping,
@@ -78,7 +78,7 @@ def _compensated(
     name: str, weights: np.ndarray, type: TensorType, importance: np.ndarray | None, hessian: Hessian, threads: int
 ) -> Compensated:
     try:
-        return compensate(weights, type, importance, hessian, dampings=DAMPINGS, orders=ORDERS, threads=threads)
+        return compensate(weights, type, importance, hessian, threads=threads)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
 
