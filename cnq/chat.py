@@ -320,13 +320,14 @@ def prompt_tokens(model: Model, style: Style, messages: list[Message]) -> list[i
 
 
 def characters(pieces: Iterable[bytes]) -> Iterator[str]:
-    """Bytes to text, each character as soon as it is whole; bytes that are none become U+FFFD."""
+    """Bytes to text, each character as soon as it is whole; bytes that are none become U+FFFD.
+
+    The beginning of a character at the end, where the limit of tokens cut it, is left out.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     for piece in pieces:
         if text := decoder.decode(piece):
             yield text
-    if text := decoder.decode(b"", final=True):
-        yield text
 
 
 def until(stops: tuple[str, ...], pieces: Iterable[str]) -> Iterator[str]:

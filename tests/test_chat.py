@@ -40,7 +40,11 @@ def test_a_character_appears_as_soon_as_it_is_whole_and_not_before():
 
 
 def test_bytes_that_are_no_text_do_not_hang_the_stream():
-    assert "".join(characters([b"\xff", b"a", b"\xe9\x87"])) == "�a�"
+    assert "".join(characters([b"\xff", b"a", b"\xe9\x87", b"b"])) == "�a�b"
+
+
+def test_a_character_that_the_limit_of_tokens_cut_is_left_out():
+    assert "".join(characters(["量".encode(), "化".encode()[:2]])) == "量"
 
 
 @given(st.text("ab#I ", max_size=30), st.integers(1, 5))

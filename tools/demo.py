@@ -151,7 +151,7 @@ def _figures(name: str, report: Path | None, gguf: Path, format: str | None) -> 
     told = json.loads(report.read_text(encoding="utf-8"))
     (quantized,) = told["files"]
     with open_chat(gguf, format=format, max_tokens=_ANSWER, temperature=0, n_ctx=512) as chat:
-        answer = " ".join("".join(chat.ask(QUESTION)).split()).rstrip("\ufffd")  # cut at so many tokens, in a character perhaps
+        answer = " ".join("".join(chat.ask(QUESTION)).split())
     return Figures(
         name, told["base"]["measured"]["bits_per_byte"], quantized["measured"]["bits_per_byte"], gguf.stat().st_size, answer
     )
