@@ -170,7 +170,7 @@ def test_characters_cut_into_tokens_are_streamed_whole(server, model):
     assert server.chat(**options).choices[0].message.content == text
     wide = [c for c in text if ord(c) > 0x7F]
     assert len(wide) > 10
-    assert "�" not in text[:-1]  # the last one may be cut by max_tokens
+    assert "�" not in text
     assert len(pieces) < 80  # of 100 tokens
 
 

@@ -17,8 +17,8 @@ from crawl.endpoint import Endpoint, EndpointError, GaveUp, Reply, is_local
 from crawl.items import Item, prompt, read
 
 from cnq import terminal
-from cnq.cli import FILE, JSON, Command
 from cnq.errors import CnqError, listed
+from cnq.options import FILE, JSON, Command
 
 _FAILURES = 5  # requests given up one after the other
 _FRUITLESS = 20  # replies one after the other with nothing to keep

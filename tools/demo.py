@@ -14,11 +14,11 @@ import click
 from cnq import catalog, terminal
 from cnq.build import build
 from cnq.chat import open_chat
-from cnq.cli import FILE, JSON, Command
 from cnq.corpus import peoples_daily
 from cnq.errors import TrainingError
 from cnq.files import replacing
 from cnq.machine import instructions
+from cnq.options import FILE, JSON, Command
 from training.command import silence_libraries
 from training.merge_lora import merge_lora
 from training.pretrain import read_data
