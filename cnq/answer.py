@@ -72,6 +72,8 @@ def answer(model: Model, ask: Ask, sharing: Callable[[], int]) -> Iterator[Piece
         begun = begun or bool(text)
         if text:
             yield Piece(text, run.scored_before(shown))
+    if run.cut and (scored := run.scored_before(shown + 1)):  # of a character that was cut off
+        yield Piece("", scored)
     yield End("length" if run.cut else "stop", run.n, n_held)
 
 
