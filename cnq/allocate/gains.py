@@ -1,0 +1,171 @@
+"""What an error costs: groups of tensors are rounded in the loaded model, one after the other, and the divergence is read.
+
+For small changes of the logits KLD ≈ ½ δᵀFδ, so that a group's divergence is proportional to the mean square of its outputs'
+errors: KLD = g · E. The gain g is measured: g = KLD / ΣE(q) with the group's tensors rounded to q in place, in memory.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from ..corpus import Chunks
+from ..engine import rows
+from ..engine.model import Model
+from ..engine.weights import LOOKUP, PRODUCT, Weights
+from ..errors import EngineError
+from ..evaluate import share_out
+from ..gguf_file import GgufFile, TensorType
+from ..imatrix import with_bos
+from ..logits_file import LogitsFile, LogitsWriter, n_scored
+from ..scores import Estimate, Scores
+from .groups import Part, role_of
+from .samples import Sampler
+from .scan import Rounding, decoded
+
+_ROWS = 1 << 18  # elements rounded at once
+
+
+class Prober(AbstractContextManager["Prober"]):
+    """The float model in memory, some text, and what the model says about it."""
+
+    def __init__(self, gguf: Path, text: Callable[[Model], Chunks], names: Sequence[str], scratch: Path, threads: int, n_ctx: int):
+        """names: of the matrices that may be rounded. scratch: a folder for the float model's log-probabilities."""
+        self.file = GgufFile(gguf)
+        self.names, self.threads, self._n_ctx = names, threads, n_ctx
+        self._weights = Weights(self.file)
+        self._model = Model(gguf, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads, writable=True, watch=self._weights)
+        try:
+            self._weights.locate(self._model, names)
+            self.chunks = text(self._model)
+        except BaseException:
+            self._model.close()
+            raise
+        self._scratch = scratch / "base.logits"
+        self._base: LogitsFile | None = None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._model.close()
+
+    def uses(self, name: str) -> set[str]:
+        return self._weights.uses(name)
+
+    def read(self, per_chunk: int, progress: Callable[[int, int], object]) -> dict[str, np.ndarray]:
+        """Run the text through the float model: the log-probabilities are kept for `kld`, samples of the inputs returned.
+
+        Matrix -> (tokens, columns) float32.
+        """
+        tokens = self.chunks.tokens
+        multiplied = [name for name in self.names if PRODUCT in self.uses(name)]
+        sampler = Sampler(self.file, multiplied, per_chunk)
+        self._weights.then = sampler
+        with LogitsWriter(self._scratch, tokens, self._model.n_vocab) as writer:
+            for chunk, ids in enumerate(tokens):
+                sampler.begin(chunk)
+                logits = self._model.logits_in_place(with_bos(self._model, ids), self._n_ctx // 2)[:-1]
+                writer.put(chunk, 0, logits)
+                progress(chunk + 1, len(tokens))
+        self._weights.then = None
+        self._base = LogitsFile(self._scratch)
+        return sampler.inputs()
+
+    def kld(self, rounded: Mapping[Part, TensorType], rounding: Rounding) -> Estimate:
+        """The divergence from the float model while these parts are rounded: mean and standard error, nats.
+
+        Both ends of a tied embedding can be rounded apart.
+        """
+        if not self._base:
+            raise EngineError("the float model has not read the text yet. Please report it.")
+        with self._weights.restored({part.tensor for part in rounded if part.use == PRODUCT}):
+            for part, type in sorted(rounded.items(), key=lambda item: item[0].use == LOOKUP):  # tables come last, and stay
+                self._lay(part, type, rounding, apart=len(self.uses(part.tensor)) > 1)
+            return self._measured()
+
+    def _lay(self, part: Part, type: TensorType, rounding: Rounding, apart: bool) -> None:
+        tensor = self.file.tensor(part.tensor)
+        data = self.rounded(part.tensor, type, rounding)
+        if part.use == LOOKUP:
+            self._weights.look_up(part.tensor, decoded(data.reshape(prod(tensor.shape[:-1]), -1), tensor.type, tensor.shape[-1]))
+            return
+        if apart:  # the rows that are looked up stay the float model's, unless they are rounded as well
+            table = decoded(tensor.rows(), tensor.type, tensor.shape[-1])
+            self._weights.look_up(part.tensor, table)
+        self._weights.write(part.tensor, data)
+
+    def rounded(self, name: str, type: TensorType, rounding: Rounding) -> np.ndarray:
+        """The tensor's bytes in the file's type, with the values that it has in another."""
+        tensor = self.file.tensor(name)
+        columns, height = tensor.shape[-1], tensor.shape[-2]
+        stored = tensor.rows()
+        out = np.empty((len(stored), tensor.type.row_bytes(columns)), np.uint8)
+        step = max(1, _ROWS // columns)
+
+        def work(place: tuple[int, int]) -> None:
+            matrix, start = place
+            own = slice(matrix * height + start, matrix * height + min(start + step, height))
+            values = decoded(stored[own], tensor.type, columns)
+            near = decoded(rounding.encoded(name, matrix, values, type), type, columns)
+            rows.encode(near, tensor.type, None, out[own].reshape(-1))
+
+        places = [(matrix, start) for matrix in range(prod(tensor.shape[:-2])) for start in range(0, height, step)]
+        with ThreadPoolExecutor(self.threads) as pool:
+            list(pool.map(work, places))
+        return out
+
+    def _measured(self) -> Estimate:
+        assert self._base
+        tokens, n = self.chunks.tokens, n_scored(self._n_ctx)
+        scores = Scores(len(tokens), n)
+        base = self._base
+
+        def measure(chunk: int, contexts: Sequence[Model]) -> None:
+            (model,) = contexts
+            logits = model.logits_in_place(with_bos(model, tokens[chunk]), self._n_ctx // 2)[:-1]
+            targets = tokens[chunk, self._n_ctx // 2 + 1 :]
+            scores.put(chunk, slice(0, n), logits, targets, base.log_probs(chunk, slice(0, n)))
+
+        share_out(measure, [self._model], len(tokens), self.threads, threading.Event(), lambda done, total: None)
+        klds = scores.kld.ravel()
+        return Estimate(float(klds.mean()), float(klds.std() / np.sqrt(len(klds) - 1)))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A group's KLD per error. raw: as measured, with its relative standard error; value: shrunk toward its role's mean."""
+
+    raw: float
+    error: float
+    value: float
+
+
+def gains(measured: Mapping[str, Estimate], errors: Mapping[str, float]) -> dict[str, Gain]:
+    """Group -> gain, from its divergence and the sum of its tensors' errors when it was measured.
+
+    In logarithms each gain is drawn toward its role's mean, by its share in the variance: empirical Bayes with the spread
+    within roles estimated over all of them (method of moments). An end of the model is a role by itself, and stays.
+    """
+    groups = [g for g in measured if measured[g].value > 0 and errors[g] > 0]
+    log = {g: float(np.log(measured[g].value / errors[g])) for g in groups}
+    noise = {g: (measured[g].error / measured[g].value) ** 2 for g in groups}
+    members: dict[str, list[str]] = {}
+    for g in groups:
+        members.setdefault(role_of(g), []).append(g)
+    several = [m for m in members.values() if len(m) > 1]
+    spread = 0.0
+    if several:
+        within = sum(float(np.var([log[g] for g in m], ddof=1)) * (len(m) - 1) for m in several)
+        spread = max(0.0, within / sum(len(m) - 1 for m in several) - float(np.mean([noise[g] for m in several for g in m])))
+    found = {}
+    for m in members.values():
+        weight = {g: 1 / (noise[g] + spread) if noise[g] + spread else 1.0 for g in m}
+        mean = sum(weight[g] * log[g] for g in m) / sum(weight.values())
+        for g in m:
+            own = spread / (spread + noise[g]) if len(m) > 1 and spread + noise[g] else 1.0
+            found[g] = Gain(float(np.exp(log[g])), float(np.sqrt(noise[g])), float(np.exp(own * log[g] + (1 - own) * mean)))
+    return found | {g: Gain(0.0, 0.0, 0.0) for g in measured if g not in found}

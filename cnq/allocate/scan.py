@@ -1,0 +1,148 @@
+"""The error model: how far each tensor's outputs move when it is rounded to each type.
+
+For a matrix, E = n · mean ‖Ŵx̂ − Wx‖² over sampled rows (n in all) and inputs x that calibration's statistics did not see: the
+rows are rounded as the final run rounds them, and x̂ is x as llama.cpp rounds it for that type on this processor, so that a
+type is charged for both. For a table that is looked up, E = mean ‖ê‖² over the tokens of the text.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import prod
+from typing import Protocol
+
+import numpy as np
+
+from ..engine import rows
+from ..engine.weights import LOOKUP, PRODUCT
+from ..gguf_file import GgufFile, TensorType
+from .groups import Part
+
+
+class Rounding(Protocol):
+    """How the final run rounds. name: of the kind, for records."""
+
+    name: str
+
+    def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
+        """Rows (n, columns) float32 of one matrix of a tensor, in the form of `type`: (n, bytes per row) uint8."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plain:
+    """ggml's own rounding. importance: tensor -> flat E[x²] (Importance.means)."""
+
+    importance: Mapping[str, np.ndarray]
+    name: str = "plain"
+
+    def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
+        n, columns = values.shape
+        found = self.importance.get(tensor)
+        weights = None if found is None else found[matrix * columns :][:columns]
+        out = np.empty(n * type.row_bytes(columns), np.uint8)
+        return rows.encode(values, type, weights, out).reshape(n, -1)
+
+
+@dataclass(frozen=True)
+class Error:
+    """weight: what the rounding of the weights alone does to the output, output: with that of the inputs. Mean squares."""
+
+    weight: float
+    output: float
+
+
+Errors = dict[Part, dict[str, Error]]  # part -> type -> error
+
+
+def decoded(data: np.ndarray, type: TensorType, columns: int) -> np.ndarray:
+    """(n, columns) float32 of stored rows."""
+    data = np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
+    return rows.decode(data, type, np.empty(len(data) * columns, np.float32))
+
+
+def scan(
+    file: GgufFile,
+    candidates: Mapping[Part, Sequence[TensorType]],
+    inputs: Mapping[str, np.ndarray],
+    tokens: np.ndarray,
+    rounding: Rounding,
+    n_rows: int,
+    threads: int,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Errors:
+    """The errors of each part in each of its candidate types.
+
+    inputs: tensor -> (tokens, columns), Sampler.inputs. tokens: of the text, which rows of the table were looked up.
+    """
+
+    def work(part: Part) -> dict[str, Error]:
+        if part.use == LOOKUP:
+            return _looked_up(file, part.tensor, candidates[part], tokens, rounding, n_rows)
+        return _multiplied(file, part.tensor, candidates[part], inputs[part.tensor], rounding, n_rows)
+
+    found: Errors = {}
+    with ThreadPoolExecutor(threads) as pool:
+        for part, errors in zip(candidates, pool.map(work, candidates), strict=True):
+            found[part] = errors
+            progress(len(found), len(candidates))
+    return found
+
+
+def _sampled(file: GgufFile, name: str, n_rows: int) -> list[tuple[int, np.ndarray]]:
+    """(matrix, its sampled rows (n, columns) float32); experts share `n_rows`, of each a few."""
+    tensor = file.tensor(name)
+    columns, height = tensor.shape[-1], tensor.shape[-2]
+    n_mat = prod(tensor.shape[:-2])
+    each = min(height, max(1, n_rows // n_mat))
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    taken = []
+    for matrix in range(n_mat):
+        chosen = np.sort(random.permutation(height)[:each])
+        taken.append((matrix, decoded(tensor.rows()[matrix * height + chosen], tensor.type, columns)))
+    return taken
+
+
+def _multiplied(
+    file: GgufFile, name: str, types: Sequence[TensorType], x: np.ndarray, rounding: Rounding, n_rows: int
+) -> dict[str, Error]:
+    sampled = _sampled(file, name, n_rows)
+    height = prod(file.tensors[name].shape[:-1])
+    rounded: dict[int, np.ndarray] = {}  # inputs, by the form that the type asks for
+    found = {}
+    for type in types:
+        form = rows.input_type(type)
+        if form.id not in rounded:
+            rounded[form.id] = rows.rounded_inputs(x, type)
+        weight, output = 0.0, 0.0
+        for matrix, values in sampled:
+            near = decoded(rounding.encoded(name, matrix, values, type), type, values.shape[1])
+            weight += _squares((near - values) @ x.T)
+            output += _squares(near @ rounded[form.id].T - values @ x.T)
+        scale = height / sum(len(values) for _, values in sampled) / len(x)
+        found[type.name] = Error(weight * scale, output * scale)
+    return found
+
+
+def _looked_up(
+    file: GgufFile, name: str, types: Sequence[TensorType], tokens: np.ndarray, rounding: Rounding, n_rows: int
+) -> dict[str, Error]:
+    """Over the rows of so many tokens of the text, as often as they occur."""
+    table = file.tensor(name)
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    chosen = random.permutation(tokens.ravel())[: 4 * n_rows]
+    ids, counts = np.unique(chosen, return_counts=True)
+    values = decoded(table.rows()[ids], table.type, table.shape[-1])
+    found = {}
+    for type in types:
+        near = decoded(rounding.encoded(name, 0, values, type), type, values.shape[1])
+        mean = float(counts @ np.square(near - values).sum(1, dtype=np.float64)) / len(chosen)
+        found[type.name] = Error(mean, mean)
+    return found
+
+
+def _squares(a: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", a, a, dtype=np.float64))
+
+
