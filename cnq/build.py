@@ -4,6 +4,7 @@ Beside each output stands <output>.made.json: what it was made from. A step whos
 """
 
 import json
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -16,21 +17,26 @@ from typing import Any, Protocol
 from . import catalog, corpus
 from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
-from .corpus import Chunks, Used, peoples_daily
+from .corpus import Chunks, Source, Used, peoples_daily
 from .engine.model import Model
+from .engine.quantizer import Outcome
 from .evaluate import evaluate
 from .files import replacing, require_memory, require_space, sha256
 from .gguf_file import GgufFile
+from .hessian_file import beside, is_complete, manifest_path
 from .imatrix import collect
 from .machine import this_machine
 from .ollama import write_modelfile
+from .paired import Paired, compare
 from .quantize import ALIASES, quantize
-from .report import Report, Subject, write_report
+from .report import Compensation, Report, Subject, write_report
 from .speed import measure_speed
+from .texts import calibration_texts, unlike_texts
 from .to_hf import to_hf
 
 RECORD = ".made.json"
 _ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes nothing in these
+_DOMAIN_SHARE = 4  # of the chunks that a build measures on, each text unlike the calibration's gets a quarter more
 N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
 
 
@@ -48,7 +54,7 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Made:
-    """One GGUF of a build. seconds: None when it was there already."""
+    """One GGUF of a build. seconds: None when it was there already. compensation: what came of it; empty: rounded plainly."""
 
     path: Path
     type: str
@@ -56,6 +62,7 @@ class Made:
     nbytes: int
     seconds: float | None
     notes: tuple[str, ...]
+    compensation: tuple[Outcome, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ def build(
     dtype: str = "f16",
     chunks: int = 100,
     eval_chunks: int = 40,
+    rounding: str = "compensated",
+    hessian_memory: int = 0,
     threads: int = 0,
     progress: Progress,
 ) -> Built:
@@ -92,8 +101,10 @@ def build(
 
     model: a catalog name, a path or a hub id. loras: adapters to merge into it, paths or hub ids, in this order.
     types: names of llama.cpp's quantizations. format: of the prompt, for a model whose checkpoint has no chat template;
-    default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese text for the importance matrix; 0 = round
-    without one. eval_chunks: of held-out text to measure on; 0 = do not measure.
+    default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese and English text for the importance
+    matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure. rounding: "compensated"
+    collects second moments with the importance matrix and rounds by them (quantize), "plain" does not. hessian_memory: bytes
+    for their sums, 0 = what is free.
     Raises what the steps raise, and NoSpace before the first of them.
     """
     entry = catalog.with_loras(catalog.find(model), loras)
@@ -108,10 +119,12 @@ def build(
     template = format or entry.prompt
     made = [_converted(source, adapters, float_gguf, dtype, entry.title, template, progress)]
     _require_memory(float_gguf)
-    calibrated = _calibrated(float_gguf, folder / f"{entry.title}.imatrix.gguf", chunks, threads, progress) if chunks else None
-    imatrix = calibrated.path if calibrated else None
+    calibrated = None
+    if chunks:
+        imatrix = folder / f"{entry.title}.imatrix.gguf"
+        calibrated = _calibrated(float_gguf, imatrix, chunks, rounding, hessian_memory, threads, progress)
     for type in types:
-        made.append(_quantized(float_gguf, imatrix, folder, entry.title, type, threads, progress))
+        made.append(_quantized(float_gguf, calibrated, folder, entry.title, type, rounding, threads, progress))
     modelfile = write_modelfile(made[-1].path, folder / "Modelfile", format=format, force=True)
     for note in modelfile.notes:
         progress.say(note)
@@ -172,25 +185,31 @@ class _Calibrated:
     seconds: float | None
 
 
-def _calibrated(src: Path, dst: Path, chunks: int, threads: int, progress: Progress) -> _Calibrated:
-    """The importance matrix, from the calibration half of the default corpus."""
+def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, threads: int, progress: Progress) -> _Calibrated:
+    """The importance matrix, and beside it second moments, from the calibration half of the default corpus."""
+    hessian = rounding == "compensated"
+    if hessian and not is_complete(beside(dst)):
+        _record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
 
     def work() -> _Done:
         with progress.bar("calibrating", "chunks") as tick:
-            text = _text("calibration", chunks)
-            found = collect(src, text, dst, n_ctx=N_CTX, threads=threads, force=True, progress=tick)
+            text = _text(calibration_texts(), "calibration", chunks)
+            found = collect(
+                src, text, dst, n_ctx=N_CTX, hessian=hessian, hessian_memory=memory, threads=threads, force=True, progress=tick
+            )
         return _Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
 
-    seconds, done = _step(dst, _named(src), {"chunks": chunks, "n_ctx": N_CTX}, work, progress)
+    options = {"chunks": chunks, "n_ctx": N_CTX, "hessian": hessian}
+    seconds, done = _step(dst, _named(src), options, work, progress)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
 
 
-def _text(split: corpus.Split, n_chunks: int) -> Callable[[Model], Chunks]:
-    """What cuts one half of the default corpus with a model's own tokenizer."""
+def _text(sources: Sequence[Source], split: corpus.Split, n_chunks: int) -> Callable[[Model], Chunks]:
+    """What cuts texts with a model's own tokenizer."""
 
     def cut(model: Model) -> Chunks:
         tokenize = partial(model.tokenize, add_special=True, parse_special=False)
-        return corpus.chunks([peoples_daily(split)], tokenize, N_CTX, n_chunks, split)
+        return corpus.chunks(sources, tokenize, N_CTX, n_chunks, split)
 
     return cut
 
@@ -212,12 +231,13 @@ def _reported(
         with progress.bar("measuring", "chunks") as tick:
             found = evaluate(
                 [m.path for m in quantized],
-                _text("held-out", n_chunks),
+                _text([peoples_daily("held-out")], "held-out", n_chunks),
                 base=base.path,
                 n_ctx=N_CTX,
                 threads=threads,
                 progress=tick,
             )
+        compensations = _compared(base, quantized, calibrated, n_chunks, threads, progress)
         with progress.bar("timing", "files") as tick:
             speeds = []
             for i, m in enumerate(made, 1):
@@ -246,6 +266,7 @@ def _reported(
                 versions=_versions(),
                 machine=this_machine(),
                 seconds={k: v for k, v in took.items() if v} | {"measuring": found.seconds},
+                compensations=compensations,
             ),
             dst.parent,
         )
@@ -256,6 +277,32 @@ def _reported(
     return dst
 
 
+def _compared(
+    base: Made, made: Sequence[Made], calibrated: _Calibrated | None, n_chunks: int, threads: int, progress: Progress
+) -> tuple[Compensation, ...]:
+    """The compensated files beside plain ones of the same types, which are made for that and go again."""
+    compensated = [m for m in made if m.compensation]
+    if not compensated or not calibrated:
+        return ()
+    n_chunks = max(2, n_chunks // _DOMAIN_SHARE)
+    domains: dict[Path, list[tuple[Used, Paired]]] = {m.path: [] for m in compensated}
+    with tempfile.TemporaryDirectory(prefix=".cnq-", dir=base.path.parent) as scratch:
+        plain = [Path(scratch) / m.path.name for m in compensated]
+        with progress.bar("rounding plainly, to compare", "files") as tick:
+            for i, (m, path) in enumerate(zip(compensated, plain, strict=True), 1):
+                quantize(base.path, path, m.type, imatrix=calibrated.path, rounding="plain", threads=threads)
+                tick(i, len(plain))
+        for source in unlike_texts():
+            with progress.bar(f"comparing on {source.name}", "chunks") as tick:
+                paths = [*(m.path for m in compensated), *plain]
+                text = _text([source], "held-out", n_chunks)
+                found = evaluate(paths, text, base=base.path, n_ctx=N_CTX, threads=threads, progress=tick)
+            half = len(compensated)
+            for mine, theirs in zip(found.models[:half], found.models[half:], strict=True):
+                domains[mine.path].append((found.manifest[0], compare(theirs, mine, found.n_chunks)))
+    return tuple(Compensation(m.path, m.compensation, tuple(domains[m.path])) for m in compensated)
+
+
 def _source(entry: catalog.Model) -> str | None:
     """Base and adapters, for a report that others read: of local ones the name alone."""
     base = entry.hub or entry.wheel or (entry.path.name if entry.path else None)
@@ -263,19 +310,35 @@ def _source(entry: catalog.Model) -> str | None:
     return " + ".join([base, *loras]) if base else None
 
 
-def _quantized(src: Path, imatrix: Path | None, folder: Path, title: str, type: str, threads: int, progress: Progress) -> Made:
+def _quantized(
+    src: Path,
+    calibrated: _Calibrated | None,
+    folder: Path,
+    title: str,
+    type: str,
+    rounding: str,
+    threads: int,
+    progress: Progress,
+) -> Made:
     type = ALIASES.get(type.upper(), type.upper())
-    imatrix = None if type in _ROUNDED_ALIKE else imatrix
+    imatrix = calibrated.path if calibrated and type not in _ROUNDED_ALIKE else None
+    rounding = rounding if imatrix else "plain"
     dst = folder / f"{title}-{type}{'-im' if imatrix else ''}.gguf"
 
     def work() -> _Done:
         with progress.bar(f"quantizing to {type}", "tensors") as tick:
-            found = quantize(src, dst, type, imatrix=imatrix, threads=threads, force=True, progress=lambda _, i, n: tick(i, n))
-            return _Done(found.notes)
+            found = quantize(
+                src, dst, type, imatrix=imatrix, rounding=rounding, threads=threads, force=True,
+                progress=lambda _, i, n: tick(i, n),
+            )  # fmt: skip
+        return _Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
 
     inputs = _named(src, imatrix) if imatrix else _named(src)
-    seconds, done = _step(dst, inputs, {"type": type}, work, progress)
-    return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
+    if imatrix and rounding == "compensated":
+        inputs |= {"second moments": manifest_path(beside(imatrix))}
+    seconds, done = _step(dst, inputs, {"type": type, "rounding": rounding}, work, progress)
+    outcomes = tuple(Outcome(**outcome) for outcome in done.facts["compensation"])
+    return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes, outcomes)
 
 
 @dataclass(frozen=True)

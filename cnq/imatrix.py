@@ -11,15 +11,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import hessian as moments
 from .corpus import Chunks, Used
 from .engine import ggml
 from .engine.model import Model
 from .errors import EngineError, GgufError, listed
 from .files import replacing
 from .gguf_file import GgufFile
+from .hessian_file import Statistics, beside
 from .imatrix_file import Importance, merged, read_imatrix, write_dat, write_gguf
 
 MIN_TOKENS = 16  # llama-imatrix looks at no smaller product
@@ -28,7 +31,10 @@ STATE = ".state"
 
 @dataclass(frozen=True)
 class Collected:
-    """n_tokens: seen in this run. resumed: chunks taken over from an interrupted run. notes: what has no data."""
+    """n_tokens: seen in this run. resumed: chunks taken over from an interrupted run. notes: what has no data.
+
+    hessian: the folder of second moments. passes: how often the text was run for them.
+    """
 
     path: Path
     n_entries: int
@@ -38,6 +44,8 @@ class Collected:
     manifest: tuple[Used, ...]
     notes: tuple[str, ...]
     seconds: float
+    hessian: Path | None = None
+    passes: int = 1
 
 
 class Collector:
@@ -150,6 +158,8 @@ def collect(
     merge: tuple[Path, ...] = (),
     legacy: bool = False,
     save_every: int = 10,
+    hessian: bool = False,
+    hessian_memory: int = 0,
     threads: int = 0,
     force: bool = False,
     progress: Callable[[int, int], object] = lambda done, total: None,
@@ -158,27 +168,31 @@ def collect(
 
     text: makes the chunks with the model's tokenizer (cnq.corpus). process_output: output.weight too. merge: importance
     matrices to be added. legacy: write .dat instead of GGUF. save_every: chunks between two states on disk, from which an
-    interrupted run goes on when model, text and options are the same.
+    interrupted run goes on when model, text and options are the same. hessian: collect second moments too, in the folder
+    hessian_file.beside(dst), which outlives an interruption; hessian_memory: bytes for their sums, 0 = what is free; where
+    they do not hold all of them, the text runs several times.
     Raises GgufError, CorpusError, EngineError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
     others = [read_imatrix(path) for path in merge]
     file = GgufFile(gguf)
     collector = Collector(file, process_output)
+    watching = moments.Watching()
+    n_batch = n_ctx if hessian else min(n_batch, n_ctx)  # a pass that ends early must have been the whole chunk's
     with replacing(dst, force=force) as partial:
-        with Model(gguf, n_ctx=n_ctx, n_batch=min(n_batch, n_ctx), n_threads=threads, watch=collector) as model:
+        with Model(gguf, n_ctx=n_ctx, n_batch=n_batch, n_threads=threads, watch=watching) as model:
             chunks = text(model)
+            datasets = tuple(f"{u.name} sha256:{u.sha256[:16]} {u.chunks} chunks" for u in chunks.manifest)
             state = _State(dst, _key(gguf, chunks, n_ctx, process_output))
             done = state.load(collector)
-            for i in range(done, len(chunks.tokens)):
-                collector.begin()
-                model.feed(with_bos(model, chunks.tokens[i]))
-                progress(i + 1, len(chunks.tokens))
-                if (i + 1) % save_every == 0 and i + 1 < len(chunks.tokens):
-                    state.save(collector, i + 1)
+            statistics, parts = None, []
+            if hessian:
+                memory = hessian_memory or moments.default_memory(gguf)
+                statistics = moments.prepare(beside(dst), model, watching, chunks.tokens, datasets, n_ctx)
+                parts = moments.slices(statistics, memory)
+            _run(model, watching, chunks, collector, state, done, save_every, statistics, parts, progress)
         if not collector.sums:
             raise GgufError(f"{gguf}: no matrix product of blk.* was seen. It is no model that cnq can calibrate.")
-        datasets = tuple(f"{u.name} sha256:{u.sha256[:16]} {u.chunks} chunks" for u in chunks.manifest)
         importance = collector.importance(datasets, len(chunks.tokens), n_ctx)
         for other in others:
             importance = merged(importance, other)
@@ -193,7 +207,46 @@ def collect(
         manifest=chunks.manifest,
         notes=tuple(_gaps(collector, importance)),
         seconds=time.perf_counter() - started,
+        hessian=statistics.folder if statistics else None,
+        passes=max(1, len(parts)),
     )
+
+
+def _run(
+    model: Model,
+    watching: moments.Watching,
+    chunks: Chunks,
+    collector: Collector,
+    state: "_State",
+    done: int,
+    save_every: int,
+    statistics: Statistics | None,
+    parts: list[list[int]],
+    progress: Callable[[int, int], object],
+) -> None:
+    """Run the text: once for the importance matrix, from chunk `done` on, and for each part of the statistics from the start.
+
+    The first part is collected in the passes of the importance matrix.
+    """
+    n = len(chunks.tokens)
+    for number in range(max(1, len(parts))):
+        sums = moments.Sums({i: statistics.inputs[i] for i in parts[number]}) if statistics and parts else None
+        for i in range(0 if sums else done, n):
+            watchers: list[Any] = []
+            if sums:
+                sums.begin(i)
+                watchers.append(sums)
+            if number == 0 and i >= done:
+                collector.begin()
+                watchers.append(collector)
+            watching.use(*watchers)
+            model.feed(with_bos(model, chunks.tokens[i]))
+            progress(number * n + i + 1, max(1, len(parts)) * n)
+            more = i + 1 < n or number + 1 < len(parts)
+            if number == 0 and i >= done and more and ((i + 1) % save_every == 0 or i + 1 == n):
+                state.save(collector, i + 1)
+        if statistics and sums:
+            statistics = statistics.put(sums.result())
 
 
 def with_bos(model: Model, tokens: np.ndarray) -> list[int]:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .engine.quantizer import Choice, Quantizer
-from .errors import GgufError, ImatrixRequired, QuantizeError, listed
+from .engine.quantizer import DAMPINGS, Choice, Outcome, Quantizer
+from .errors import GgufError, ImatrixRequired, QuantizeError, StatisticsError, listed
 from .files import replacing
+from .fingerprint import fingerprint
 from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, retyped
+from .hessian_file import Statistics, beside, complete_statistics
 from .imatrix_file import Importance, read_imatrix
 
 _NEVER_STORED = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # not in ggml.c, ggml_quantize_chunk
@@ -49,6 +51,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quantized:
+    """rounding: compensated or plain. compensation: what came of it, matrix by matrix; empty when plain."""
+
     path: Path
     type: str
     imatrix: Path | None
@@ -57,6 +61,8 @@ class Quantized:
     bits_per_weight: float
     notes: tuple[str, ...]
     seconds: float
+    rounding: str = "plain"
+    compensation: tuple[Outcome, ...] = ()
 
 
 def plan(
@@ -86,24 +92,34 @@ def quantize(
     embedding_type: str | None = None,
     pure: bool = False,
     allow_requantize: bool = False,
+    rounding: str | None = None,
     threads: int = 0,
     force: bool = False,
     progress: Callable[[str, int, int], object] = lambda name, number, total: None,
 ) -> Quantized:
-    """Quantize the float GGUF `src` into `dst`; the bytes are llama-quantize's.
+    """Quantize the float GGUF `src` into `dst`; with plain rounding the bytes are llama-quantize's.
 
     type: a name of Quantizer.ftypes(). imatrix: weighs the rounding errors, GGUF or legacy .dat.
     tensor_types: (regular expression searched in the tensor's name, type), the first match counts; the other tensors keep
     the type they would have had without. pure: one type throughout, no mixture.
+    rounding: "compensated" chooses the codes again so that they make up for each other's errors (engine/compensate.py), by
+    the second moments beside the imatrix (hessian_file.beside); types and sizes stay. None: compensated where they are.
     progress: hears each tensor's name as it begins, its number, and how many there are.
-    Raises GgufError, ImatrixRequired, QuantizeError, OutputExists, NoSpace.
+    Raises GgufError, ImatrixRequired, QuantizeError, StatisticsError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
+    statistics = _statistics(src, imatrix, rounding)
     with Quantizer(src) as child:
         planned, fields = _prepare(child, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)
         types = {t.name: TYPE_BY_NAME[t.type] for t in planned.tensors}
+        folder = None
+        if statistics:
+            folder = statistics.folder
+            fields |= _rounding_fields(statistics)
         with replacing(dst, force=force, need=planned.nbytes) as partial:
-            child.round(partial, types, fields, imatrix=imatrix, threads=threads, progress=progress)
+            outcomes = child.round(
+                partial, types, fields, imatrix=imatrix, statistics=folder, threads=threads, progress=progress
+            )
     return Quantized(
         path=dst,
         type=planned.type,
@@ -111,9 +127,51 @@ def quantize(
         nbytes_before=src.stat().st_size,
         nbytes=planned.nbytes,
         bits_per_weight=planned.bits_per_weight,
-        notes=planned.notes,
+        notes=(*planned.notes, *_told(outcomes)),
         seconds=time.perf_counter() - started,
+        rounding="compensated" if statistics else "plain",
+        compensation=tuple(outcomes),
     )
+
+
+def _statistics(src: Path, imatrix: Path | None, rounding: str | None) -> Statistics | None:
+    """Those to round by; None = plainly."""
+    if rounding not in (None, "compensated", "plain"):
+        raise QuantizeError(f"unknown rounding {rounding}; there is compensated and plain.")
+    if rounding == "plain":
+        return None
+    if imatrix is None or not beside(imatrix).exists():
+        if rounding is None:
+            return None
+        where = f"{beside(imatrix)} does not exist" if imatrix else "no --imatrix was given"
+        raise StatisticsError(
+            f"compensated rounding takes second moments beside the importance matrix, but {where}. "
+            f"Collect them: cnq imatrix {src} --hessian"
+        )
+    return complete_statistics(beside(imatrix), fingerprint(GgufFile(src)).hex())
+
+
+def _rounding_fields(statistics: Statistics) -> dict[str, str | int]:
+    """The keys that tell of the rounding in the file; readers that do not know them pass them over."""
+    return {
+        "cnq.rounding.method": "compensated",
+        "cnq.rounding.damping": ", ".join(f"{d:g}" for d in DAMPINGS),
+        "cnq.rounding.statistics": statistics.digest,
+    }
+
+
+def _told(outcomes: Sequence[Outcome]) -> list[str]:
+    """How many matrices were compensated, and which were not, for what reason."""
+    if not outcomes:
+        return []
+    plain: dict[str, list[str]] = {}
+    for o in outcomes:
+        if not o.kept:
+            reason = o.reason or "no better on the inputs held back"
+            plain.setdefault(reason, []).append(o.name if o.expert is None else f"{o.name} expert {o.expert}")
+    kept = sum(o.kept for o in outcomes)
+    told = [f"compensated {kept} of {len(outcomes)} matrices"]
+    return told + [f"{len(names)} rounded plainly, {reason}: {listed(names)}" for reason, names in plain.items()]
 
 
 def _prepare(

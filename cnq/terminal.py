@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .imatrix import Collected
     from .imatrix_stats import Statistics
     from .inspection import Inspected
-    from .quantize import Plan
+    from .quantize import Plan, Quantized
     from .serve import Serving
     from .sessions import Session
 
@@ -107,7 +107,9 @@ def show_built(result: "Built") -> None:
     for note in dict.fromkeys(note for made in result.files for note in made.notes):
         click.echo(f"note: {note}")
     if result.report:
-        show_quality(json.loads(result.report.read_text(encoding="utf-8")))
+        report = json.loads(result.report.read_text(encoding="utf-8"))
+        show_quality(report)
+        show_compensation(report)
         click.echo(f"report  {result.report.with_suffix('.html')}")
     click.echo(f"chat    cnq chat {result.result}")
     click.echo(f"Ollama  ollama create {result.model} -f {result.modelfile}")
@@ -125,6 +127,25 @@ def show_quality(report: dict[str, Any]) -> None:
         ppl, bits = f"{m['ppl']['value']:.2f}", f"{m['bits_per_byte']:.3f}"
         rows.append((name, ppl, bits, kld, top, f"{speed['decode']:.0f}", f"{speed['prefill']:.0f}", size(speed["ram"])))
     table(("type", "PPL", "bits/byte", "KLD", "same top", "tok/s", "prefill", "RAM"), rows)
+
+
+def show_compensation(report: dict[str, Any]) -> None:
+    """What compensated rounding gained over plain rounding to the same types, text by text; 95 % intervals."""
+
+    def ratio(found: dict[str, float]) -> str:
+        return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+
+    rows = []
+    for file in report["compensation"]:
+        for p in file["compared_with_plain"]:
+            points = f"{p['top']['value']:+.1f} [{p['top']['low']:+.1f}, {p['top']['high']:+.1f}]"
+            name = p["text"]["name"].partition(" (")[0]
+            rows.append(
+                (file["file"], name, f"{p['plain']:.4f} → {p['mine']:.4f}", ratio(p["kld"]), ratio(p["median"]), points)
+            )
+    if rows:
+        click.echo("\ncompensated rounding against plain, same types and size:")
+        table(("file", "text", "KLD", "ratio", "ratio of medians", "same top, points"), rows, width=120)
 
 
 def show_plan(plan: "Plan") -> None:
@@ -157,11 +178,21 @@ def show_inspected(found: "Inspected") -> None:
         click.echo(f"{key} = {text if len(text) <= 100 else text[:99] + '…'}")
 
 
+def show_quantized(result: "Quantized") -> None:
+    click.echo(
+        f"{result.path}: {result.type}, {result.bits_per_weight:.2f} bits/weight, "
+        f"{size(result.nbytes_before)} → {size(result.nbytes)} in {result.seconds:.1f} s"
+    )
+
+
 def show_collected(found: "Collected") -> None:
     click.echo(f"{found.path}: {found.n_entries} tensors, {found.n_chunks} chunks in {found.seconds:.0f} s")
     if found.resumed:
         click.echo(f"{found.resumed} chunks were taken over from the run before")
     show_manifest(found.manifest)
+    if found.hessian:
+        times = "once" if found.passes == 1 else f"{found.passes} times"
+        click.echo(f"second moments for compensated rounding: {found.hessian} (the text ran {times})")
 
 
 def show_statistics(found: list["Statistics"]) -> None:

@@ -10,11 +10,11 @@ CNQ = ROOT / "cnq"
 
 # A module imports only from those before it.
 ORDER = [
-    "errors", "files", "machine", "tuning", "gguf_file", "imatrix_file", "imatrix_stats", "logits_file", "prompts", "catalog",
-    "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf", "inspection", "engine", "quantize",
-    "corpus", "imatrix", "scores", "evaluate", "choices", "speed", "trials", "bench", "doctor", "report", "context",
-    "prompt_cache", "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build",
-    "terminal", "doctor_text", "cli", "__main__",
+    "errors", "files", "machine", "tuning", "gguf_file", "fingerprint", "imatrix_file", "hessian_file", "imatrix_stats",
+    "logits_file", "prompts", "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf",
+    "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired", "choices",
+    "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params", "sessions",
+    "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build", "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],

@@ -462,4 +462,4 @@ def test_numbers_have_three_digits_and_no_exponent(value, text):
 def test_measured_has_no_field_the_report_forgets(report, written):
     """A figure added to Measured or Against later turns up in the JSON by itself."""
     entry = json.loads(written.json.read_text(encoding="utf-8"))["files"][0]
-    assert set(entry["measured"]) | {"path", "nbytes", "bits_per_weight", "klds"} == set(Measured.__dataclass_fields__)
+    assert set(entry["measured"]) | {"path", "nbytes", "bits_per_weight", "klds", "same"} == set(Measured.__dataclass_fields__)

@@ -30,7 +30,8 @@ def _start(module: str) -> "subprocess.Popen[str]":
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # an abort prints its reason, and does not call a debugger
+        # An abort prints its reason, and does not call a debugger; matrix products of numpy leave the threads to us.
+        env=os.environ | {"GGML_NO_BACKTRACE": "1", "OPENBLAS_NUM_THREADS": "1", "VECLIB_MAXIMUM_THREADS": "1"},
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from ..errors import EngineError, GgufError, Interrupted, SessionError, listed
 from ..files import replacing
+from ..fingerprint import fingerprint
 from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..machine import physical_cores
 from ..prompts import token_text
@@ -311,8 +312,8 @@ class Model:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the weights; see state.fingerprint."""
-        return state.fingerprint(self._file).hex()
+        """Of the weights; see cnq.fingerprint."""
+        return fingerprint(self._file).hex()
 
     @cached_property
     def identity(self) -> str:

@@ -13,6 +13,31 @@ from ..errors import QuantizeError
 from ..gguf_file import TYPE_BY_NAME, TensorType
 from .child import Child
 
+# What compensated rounding tries for each matrix: shares of the mean diagonal added to it, and whether columns go by the
+# diagonal. The best on inputs held back is taken.
+DAMPINGS: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3)
+ORDERS: tuple[bool, ...] = (False,)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of the compensation of a matrix. expert: its number in a stack of matrices.
+
+    loss, loss_plain: mean square of the error at the layer's output over inputs held back, with compensation and without.
+    kept: whether the compensated codes were better, and stand in the file. damping, by_diagonal: how they were made.
+    reason: why it was not tried; the other figures are None then.
+    """
+
+    name: str
+    expert: int | None
+    type: str
+    reason: str | None = None
+    loss_plain: float | None = None
+    loss: float | None = None
+    kept: bool = False
+    damping: float | None = None
+    by_diagonal: bool | None = None
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -65,18 +90,22 @@ class Quantizer(Child):
         fields: dict[str, str | int],
         *,
         imatrix: Path | None = None,
+        statistics: Path | None = None,
         threads: int = 0,
         progress: Callable[[str, int, int], object] = lambda name, number, total: None,
-    ) -> None:
+    ) -> list[Outcome]:
         """Write the copy of the file in which tensors have these types (all of them, in the copy's order) to `dst`.
 
         fields: metadata that comes behind the file's own. imatrix: weighs the rounding errors of the tensors it knows.
+        statistics: folder of second moments (cnq.hessian_file) to round with compensation by; what came of it is returned.
         progress: hears each tensor's name as it begins, its number, and how many there are.
         Raises QuantizeError: numbers that are not finite, or the signal that killed the child; OSError: dst cannot be written.
         """
         arguments = {
             "dst": str(dst), "types": [(name, type.name) for name, type in types.items()], "fields": fields,
-            "imatrix": str(imatrix) if imatrix else None, "threads": threads,
+            "imatrix": str(imatrix) if imatrix else None, "statistics": str(statistics) if statistics else None,
+            "threads": threads,
         }  # fmt: skip
-        self.ask("round", {"src": str(self.src)} | arguments, lambda event: progress(*event))
+        outcomes = self.ask("round", {"src": str(self.src)} | arguments, lambda event: progress(*event))
         self.kill()  # it gives its memory back while the caller goes on
+        return [Outcome(**outcome) for outcome in outcomes]

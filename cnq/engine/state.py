@@ -15,28 +15,11 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from ..errors import EngineError, SessionError
-from ..gguf_file import GgufFile
 
 _HEAD = struct.Struct("<III")  # magic, version, number of tokens; then the tokens
 _CELLS = struct.Struct("<II")  # streams, cells; then _CELL for each
 _CELL = np.dtype([("position", "<i4"), ("n_sequences", "<u4"), ("sequence", "<i4")])
 _SEAL = 32 + 32  # bytes: identity, sha256
-_PAGE = 4096
-
-
-def fingerprint(file: GgufFile) -> bytes:
-    """32 bytes that tell a model from others without reading all of it: from metadata, tensor table, size, and from the
-    first, the middle and the last page of every tensor. Wherever the file lies and whatever it is called."""
-    digest = hashlib.sha256()
-    with file.path.open("rb") as f:
-        digest.update(f.read(file.meta_bytes))
-        digest.update(struct.pack("<Q", f.seek(0, 2)))
-        for tensor in file.tensors.values():
-            start, last = file.data_start + tensor.offset, max(0, tensor.nbytes - _PAGE)
-            for at in (0, last // 2, last):
-                f.seek(start + at)
-                digest.update(f.read(min(_PAGE, tensor.nbytes)))
-    return digest.digest()
 
 
 def seal(path: Path, identity: bytes) -> None:

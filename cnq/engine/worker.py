@@ -7,10 +7,11 @@ import sys
 import threading
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec, module_from_spec
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,9 +23,12 @@ import llama_cpp.llama_cpp as lib
 
 from ..errors import QuantizeError
 from ..gguf_file import TYPE_BY_NAME, TYPES, GgufFile, Tensor, TensorType, retyped
+from ..hessian_file import read_statistics
 from ..imatrix_file import read_imatrix
+from ..machine import logical_cores
 from . import rows
 from .child import Tell, serve
+from .compensation import Compensation
 
 _CHUNK = 1 << 18  # elements of a task: 1 MB of float32, which stays in a core's cache
 
@@ -155,20 +159,30 @@ def _round(
     types: list[tuple[str, str]],
     fields: dict[str, str | int],
     imatrix: str | None,
+    statistics: str | None,
     threads: int,
-) -> None:
+) -> list[dict[str, Any]]:
     """Write the copy of `src` with other types; tells of each tensor as it begins: name, number, of how many.
 
     The result is llama_model_quantize's, byte for byte; but its threads meet after each tensor, while it is written.
+    statistics: folder of second moments; tensors that have some are rounded with compensation, after the others, and what
+    came of it is returned (compensation.Outcome).
     """
     file = GgufFile(Path(src))
     wanted = {name: TYPE_BY_NAME[type] for name, type in types}
     layout = retyped(file, fields, wanted)
     weights = read_imatrix(Path(imatrix)).means() if imatrix else {}
-    threads = threads or os.cpu_count() or 1
-    tasks = _tasks(file, wanted, layout.starts, weights)
+    threads = threads or logical_cores()
+    later = Compensation(file, wanted, weights, read_statistics(Path(statistics))) if statistics else None
+    now = {name: type for name, type in wanted.items() if later is None or name not in later.names}
+    tasks = _tasks(file, now, layout.starts, weights)
     taking, writing = threading.Lock(), threading.Lock()
     begun = 0
+
+    def begin(name: str) -> None:
+        nonlocal begun
+        begun += 1
+        tell([name, begun, len(wanted)])
 
     def work() -> None:
         try:
@@ -179,15 +193,13 @@ def _round(
             raise
 
     def round_all() -> None:
-        nonlocal begun
         floats, codes = np.empty(0, np.float32), np.empty(0, np.uint8)
         while True:
             with taking:
                 if (task := next(tasks, None)) is None:
                     return
                 if task.number > begun:
-                    begun = task.number
-                    tell([task.tensor.name, begun, len(wanted)])
+                    begin(task.tensor.name)
             data = task.tensor.rows()[task.rows]
             _require_sound(task, data, task.tensor.type, "holds NaN or infinity already. Make the file again.")
             if task.tensor.type != task.type:
@@ -204,7 +216,13 @@ def _round(
         out.write(layout.head)
         for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
+        outcomes = []
+        for outcome, start, data in later.run(threads, begin) if later else ():
+            outcomes.append(asdict(outcome))
+            out.seek(layout.starts[outcome.name] + start)
+            out.write(data.data)
         out.truncate(layout.nbytes)
+    return outcomes
 
 
 def _require_sound(task: _Task, data: np.ndarray, type: TensorType, otherwise: str) -> None:

@@ -77,6 +77,13 @@ def _body(report: Report, choice: Choice | None) -> list[str]:
             number(s.speed.decode if s.speed else None),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    if rows := _compensated(report):
+        lines += [
+            "",
+            "误差互补的舍入与普通舍入相比，类型与大小相同 Compensated rounding against plain, same types and size:",
+            "",
+            *rows,
+        ]
     lines += [
         "",
         "PPL: 困惑度，越小越好 perplexity, less is better. KLD: 与原模型的 KL 散度（nat），0 是没有差别 KL divergence from the "
@@ -93,6 +100,16 @@ def _body(report: Report, choice: Choice | None) -> list[str]:
     if report.format:
         lines += [f"提示格式 Prompt format: {_code(report.format)}", ""]
     return [*lines, *_measured(report)]
+
+
+def _compensated(report: Report) -> list[str]:
+    """A line for each text on which compensated rounding was compared with plain."""
+    return [
+        f"- {_md(c.path.name)}, {_md(used.name)}: KLD {number(p.plain)} → {number(p.mine)}, × {p.kld.value:.2f} "
+        f"(95 %: {p.kld.low:.2f}–{p.kld.high:.2f})"
+        for c in report.compensations
+        for used, p in c.domains
+    ]
 
 
 def _advice(choice: Choice) -> list[str]:

@@ -8,9 +8,11 @@ from functools import cached_property
 from pathlib import Path
 
 from ..corpus import Used
+from ..engine.quantizer import Outcome
 from ..evaluate import Measured
 from ..gguf_file import GgufFile, TensorInfo
 from ..machine import Machine
+from ..paired import Paired
 from ..scores import Estimate
 from ..speed import Speed
 
@@ -67,6 +69,30 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Compensation:
+    """A file that was rounded with compensation. outcomes: of its matrices. domains: texts unlike the calibration's, and how
+    the file compares on them with plain rounding to the same types."""
+
+    path: Path
+    outcomes: tuple[Outcome, ...]
+    domains: tuple[tuple[Used, Paired], ...]
+
+    @property
+    def tried(self) -> list[Outcome]:
+        return [o for o in self.outcomes if o.loss is not None and o.loss_plain]
+
+    def losses(self) -> dict[str, dict[int, tuple[float, float]]]:
+        """Role -> layer -> (plain, compensated) mean square of the error at the output, experts added up."""
+        found: dict[str, dict[int, tuple[float, float]]] = {}
+        for o in self.tried:
+            if m := _MATRIX.fullmatch(o.name):
+                layers = found.setdefault(m[2], {})
+                plain, mine = layers.get(int(m[1]), (0.0, 0.0))
+                layers[int(m[1])] = plain + (o.loss_plain or 0.0), mine + (o.loss or 0.0)
+        return found
+
+
+@dataclass(frozen=True)
 class Report:
     """base: the float GGUF that the subjects were made from. n_ctx, n_chunks, n_scored, held_out: of the evaluation
     (cnq.evaluate.Evaluation). calibration: of the imatrix, empty without one. format: of the prompt. licence, source (a hub
@@ -91,6 +117,7 @@ class Report:
     seconds: dict[str, float]
     commands: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
+    compensations: tuple[Compensation, ...] = ()
 
     @property
     def by_size(self) -> list[Subject]:

@@ -5,14 +5,13 @@ Whatever comes from a file goes through `_e` on its way into the page; the page'
 
 import base64
 import hashlib
-from collections.abc import Iterable, Sequence
-from html import escape
 from math import isfinite
 
 import numpy as np
 
 from ..files import decimal
 from ..imatrix_file import Importance
+from .compensation import compensations
 from .data import (
     ENDS,
     KLD_BOUND,
@@ -26,6 +25,7 @@ from .data import (
     place,
     with_error,
 )
+from .pieces import both, e, section, table
 from .plots import (
     MAX_LAYERS,
     MAX_ROLES,
@@ -44,7 +44,7 @@ def page(report: Report, choice: Choice | None, importance: Importance | None) -
     """The page's text. importance: the content of report.imatrix. The same arguments give the same bytes."""
     digest = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
-    title = _e(report.title)
+    title = e(report.title)
     return "\n".join(
         [
             '<!doctype html>\n<html lang="zh-CN">\n<head>\n<meta charset="utf-8">',
@@ -55,14 +55,15 @@ def page(report: Report, choice: Choice | None, importance: Importance | None) -
             '<button type="button" data-to="en">English</button></nav></header>',
             _subtitle(report),
             _verdict(report, choice),
-            _section("files", "各个文件", "The files"),
+            section("files", "各个文件", "The files"),
             _files(report, choice),
             *_plot(report),
+            *compensations(report),
             *_types(report, choice),
             *_importance(report, importance),
-            _section("terms", "名词", "The terms"),
+            section("terms", "名词", "The terms"),
             _terms(),
-            _section("how", "每个数字的来历", "How every figure was made"),
+            section("how", "每个数字的来历", "How every figure was made"),
             *_how(report),
             f"<script>{SCRIPT}</script>\n</body>\n</html>\n",
         ]
@@ -72,37 +73,18 @@ def page(report: Report, choice: Choice | None, importance: Importance | None) -
 # Pieces
 
 
-def _e(text: object) -> str:
-    return escape(clean(str(text)))
-
-
-def _both(zh: str, en: str, tag: str = "span", kind: str = "") -> str:
-    """One thing in both languages; the arguments are HTML. kind: a class of STYLE."""
-    kind = f' class="{kind}"' if kind else ""
-    return f'<{tag}{kind} lang="zh">{zh}</{tag}> <{tag}{kind} lang="en">{en}</{tag}>'
-
-
-def _section(id: str, zh: str, en: str) -> str:
-    return f'<h2 id="{id}">{_both(zh, en)}</h2>'
-
-
 def _file(subject: Subject) -> str:
-    return f'<span class="file">{_e(subject.path.name)}</span>'
-
-
-def _table(head: Sequence[str], rows: Iterable[str]) -> str:
-    """head: the header cells' <th>. rows: <tr>s."""
-    return f'<div class="scroll"><table><thead><tr>{"".join(head)}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    return f'<span class="file">{e(subject.path.name)}</span>'
 
 
 def _subtitle(report: Report) -> str:
     parts = []
     if report.source:
-        parts.append(_both("来源", "from") + f" <code>{_e(report.source)}</code>")
+        parts.append(both("来源", "from") + f" <code>{e(report.source)}</code>")
     if report.licence:
-        parts.append(_both("许可", "licence") + f" {_e(report.licence)}")
+        parts.append(both("许可", "licence") + f" {e(report.licence)}")
     if report.format:
-        parts.append(_both("提示格式", "prompt format") + f" {_e(report.format)}")
+        parts.append(both("提示格式", "prompt format") + f" {e(report.format)}")
     return f'<p class="quiet">{" · ".join(parts)}</p>' if parts else ""
 
 
@@ -111,7 +93,7 @@ def _verdict(report: Report, choice: Choice | None) -> str:
     if choice is None:
         zh = "没有与原模型比较过，所以说不出该取哪一个文件。请运行 <code>cnq evaluate … --against …</code>。"
         en = "Nothing was compared with the original, so no file can be advised. Run <code>cnq evaluate … --against …</code>."
-        return f'<div class="verdict">{_both(zh, en, "p")}</div>'
+        return f'<div class="verdict">{both(zh, en, "p")}</div>'
     s = choice.subject
     name, size, kld = _file(s), decimal(s.nbytes), with_error(choice.kld)
     if choice.within:
@@ -150,14 +132,14 @@ def _verdict(report: Report, choice: Choice | None) -> str:
     )
     notes = ""
     if names := report.measured_on_calibration:
-        listed = "、".join(_e(n) for n in names)
-        notes = _both(
+        listed = "、".join(e(n) for n in names)
+        notes = both(
             f"注意：重要性矩阵与这些数字出自同一段文字（{listed}），所以数字会比实际好看一些。",
             f"Note: importance matrix and figures come from the same text ({listed}), which flatters the figures.",
             "p",
         )
-    rule = f'<div class="quiet">{_both(rule_zh, rule_en, "p")}</div>'
-    return f'<div class="verdict">{_both(zh + "。", en + ".", "p")}{notes}{rule}</div>'
+    rule = f'<div class="quiet">{both(rule_zh, rule_en, "p")}</div>'
+    return f'<div class="verdict">{both(zh + "。", en + ".", "p")}{notes}{rule}</div>'
 
 
 _COLUMNS = (  # anchor of the term, zh, en (HTML)
@@ -178,16 +160,16 @@ _COLUMNS = (  # anchor of the term, zh, en (HTML)
 
 
 def _files(report: Report, choice: Choice | None) -> str:
-    head = [f'<th class="text">{_both("文件", "file")}</th>', f'<th class="text">{_both("类型", "type")}</th>']
+    head = [f'<th class="text">{both("文件", "file")}</th>', f'<th class="text">{both("类型", "type")}</th>']
     for anchor, zh, en in _COLUMNS:
-        name = zh if zh == en else _both(zh, en)
+        name = zh if zh == en else both(zh, en)
         head.append(f'<th><a href="#{anchor}">{name}</a></th>' if anchor else f"<th>{name}</th>")
     rows = []
     for s in (*report.by_size, report.base):
         kind = ' class="base"' if s is report.base else ' class="take"' if choice and s is choice.subject else ""
-        cells = "".join(f"<td>{_e(cell).replace(' ±', '<br>±')}</td>" for cell in figures(s))
-        rows.append(f'<tr{kind}><th scope="row">{_file(s)}</th><td class="text">{_e(s.label)}</td>{cells}</tr>')
-    return _table(head, rows) + _both(
+        cells = "".join(f"<td>{e(cell).replace(' ±', '<br>±')}</td>" for cell in figures(s))
+        rows.append(f'<tr{kind}><th scope="row">{_file(s)}</th><td class="text">{e(s.label)}</td>{cells}</tr>')
+    return table(head, rows) + both(
         "灰色一行是原模型；底色一行是上面推荐的文件。点列名看解释。",
         "The grey row is the original; the shaded one is the file advised above. A column's name leads to its explanation.",
         "p",
@@ -223,8 +205,8 @@ def _plot(report: Report) -> list[str]:
     if not points:
         return []
     return [
-        _section("plot", "大小与损失", "Size against loss"),
-        _both(
+        section("plot", "大小与损失", "Size against loss"),
+        both(
             f"横轴是文件大小，纵轴是平均 KLD；越靠左越小，越靠下越接近原模型。竖线是一个标准误差，虚线是 {KLD_BOUND} 的界限；"
             "实心点用了重要性矩阵，空心点没有。",
             f"Across: the file's size. Up: mean KLD. Left is smaller, down is closer to the original. Bars are one standard "
@@ -258,12 +240,12 @@ def _types(report: Report, choice: Choice | None) -> list[str]:
         return []
     colours = bit_colours(list(bits))
     legend = "".join(
-        f'<li><i style="background:{colours[b]}"></i>{_e(", ".join(sorted(bits[b])))} <span class="quiet">{b:g}</span></li>'
+        f'<li><i style="background:{colours[b]}"></i>{e(", ".join(sorted(bits[b])))} <span class="quiet">{b:g}</span></li>'
         for b in sorted(bits)
     )
     out = [
-        _section("types", "哪一层用了什么类型", "Which layer got which type"),
-        _both(
+        section("types", "哪一层用了什么类型", "Which layer got which type"),
+        both(
             "每一格是一个权重矩阵：行是它在一层里的角色，列是层号，颜色是每权重比特，越亮越精细；下面的长条是词嵌入与输出矩阵。"
             "把鼠标停在格子上可以看到张量的名字。",
             "Each cell is a matrix of weights: rows are its role within a layer, columns the layer, the colour its bits per "
@@ -274,7 +256,7 @@ def _types(report: Report, choice: Choice | None) -> list[str]:
         f'<ul class="legend">{legend}</ul>',
     ]
     for i, (s, grid, ends) in enumerate(grids):
-        exact = "; ".join(f"{n} × {_e(name)} ({decimal(nbytes)})" for name, (n, nbytes) in s.tensor_types.items())
+        exact = "; ".join(f"{n} × {e(name)} ({decimal(nbytes)})" for name, (n, nbytes) in s.tensor_types.items())
         picture = type_map(grid, ends, colours, f"{i + 1}: tensor types of {s.label}")
         out.append(f'<h3>{_file(s)}</h3><figure>{picture}</figure><p class="quiet">{exact}</p>{_cut(grid)}')
     return out
@@ -289,7 +271,7 @@ def _cut(grid: Grid) -> str:
     n_layers = len({layer for row in grid.values() for layer in row})
     if len(grid) <= MAX_ROLES and n_layers <= MAX_LAYERS:
         return ""
-    return _both(
+    return both(
         f"图里只画了 {len(grid)} 行中的前 {MAX_ROLES} 行、{n_layers} 层中的前 {MAX_LAYERS} 层。",
         f"Drawn are the first {MAX_ROLES} of {len(grid)} rows and the first {MAX_LAYERS} of {n_layers} layers.",
         "p",
@@ -310,8 +292,8 @@ def _importance(report: Report, importance: Importance | None) -> list[str]:
         return []
     grid = _ordered(rows)
     return [
-        _section("importance", "哪一层的输入有多强", "How strongly each layer is driven"),
-        _both(
+        section("importance", "哪一层的输入有多强", "How strongly each layer is driven"),
+        both(
             "每一格是进入一个矩阵的数的均方（E[x²] 对各列的平均），取自重要性矩阵，颜色按对数。"
             "量化时用的不是这个平均值，而是每一列各自的值；attn_q、attn_k、attn_v 的输入相同，ffn_gate 与 ffn_up 也相同。",
             "Each cell is the mean square of the numbers that enter a matrix (E[x²], averaged over its columns), from the "
@@ -326,8 +308,8 @@ def _importance(report: Report, importance: Importance | None) -> list[str]:
 def _terms() -> str:
     items = []
     for t in TERMS:
-        items.append(f'<dt id="{t.id}">{_both(_e(t.zh[0]), _e(t.en[0]))}</dt>')
-        items.append(f"<dd>{_both(_e(t.zh[1]), _e(t.en[1]))} {_both(_e(t.zh[2]), _e(t.en[2]), 'span', 'quiet')}</dd>")
+        items.append(f'<dt id="{t.id}">{both(e(t.zh[0]), e(t.en[0]))}</dt>')
+        items.append(f"<dd>{both(e(t.zh[1]), e(t.en[1]))} {both(e(t.zh[2]), e(t.en[2]), 'span', 'quiet')}</dd>")
     return f"<dl>{''.join(items)}</dl>"
 
 
@@ -335,7 +317,7 @@ def _how(report: Report) -> list[str]:
     out = []
     if report.n_chunks:
         out.append(
-            _both(
+            both(
                 f"文字切成 {report.n_chunks} 段，每段 {report.n_ctx} 个词元（词表要求时以 BOS 开头）；每段的后一半计分，共 "
                 f"{report.n_scored:,} 个词元。原模型与量化后的模型读同样的词元。定义与 llama.cpp 的 llama-perplexity 相同。",
                 f"The text is cut into {report.n_chunks} chunks of {report.n_ctx} tokens, beginning with BOS where the "
@@ -344,50 +326,50 @@ def _how(report: Report) -> list[str]:
                 "p",
             )
         )
-    uses = [(_both("测量", "measuring"), u) for u in report.held_out]
-    uses += [(_both("重要性矩阵", "importance matrix"), u) for u in report.calibration]
+    uses = [(both("测量", "measuring"), u) for u in report.held_out]
+    uses += [(both("重要性矩阵", "importance matrix"), u) for u in report.calibration]
     if uses:
         heads = (("文字", "text"), ("用于", "used for"), ("部分", "part"))
-        head = [f'<th class="text">{_both(*h)}</th>' for h in heads]
+        head = [f'<th class="text">{both(*h)}</th>' for h in heads]
         counts = (("文档", "documents"), ("字符", "characters"), ("词元", "tokens"), ("段", "chunks"))
-        head += [f"<th>{_both(*h)}</th>" for h in counts] + ['<th class="text">sha256</th>']
+        head += [f"<th>{both(*h)}</th>" for h in counts] + ['<th class="text">sha256</th>']
         rows = [
-            f'<tr><th scope="row">{_e(u.name)}</th><td class="text">{use}</td><td class="text">{_e(u.split or NONE)}</td>'
+            f'<tr><th scope="row">{e(u.name)}</th><td class="text">{use}</td><td class="text">{e(u.split or NONE)}</td>'
             f"<td>{u.documents:,}</td><td>{u.characters:,}</td><td>{u.tokens:,}</td><td>{u.chunks:,}</td>"
-            f'<td class="text"><code>{_e(u.sha256)}</code></td></tr>'
+            f'<td class="text"><code>{e(u.sha256)}</code></td></tr>'
             for use, u in uses
         ]
-        out.append(_table(head, rows))
+        out.append(table(head, rows))
     speeds = [s.speed for s in (*report.subjects, report.base) if s.speed]
     facts = [
         (
-            _both("机器", "machine"),
-            f"{_e(report.machine.cpu)}, {report.machine.cores} {_both('核', 'cores')}, {decimal(report.machine.memory)}",
+            both("机器", "machine"),
+            f"{e(report.machine.cpu)}, {report.machine.cores} {both('核', 'cores')}, {decimal(report.machine.memory)}",
         ),
         *(
             [
                 (
-                    _both("速度的条件", "speed measured with"),
-                    f"{speeds[0].n_prompt} + {speeds[0].n_gen} {_both('词元', 'tokens')}, "
-                    f"{speeds[0].threads} {_both('线程', 'threads')}",
+                    both("速度的条件", "speed measured with"),
+                    f"{speeds[0].n_prompt} + {speeds[0].n_gen} {both('词元', 'tokens')}, "
+                    f"{speeds[0].threads} {both('线程', 'threads')}",
                 )
             ]
             if speeds
             else []
         ),
-        (_both("版本", "versions"), _e(", ".join(f"{k} {v}" for k, v in report.versions.items())) or NONE),
-        (_both("用时", "time taken"), _e(", ".join(f"{k} {number(v)} s" for k, v in report.seconds.items())) or NONE),
+        (both("版本", "versions"), e(", ".join(f"{k} {v}" for k, v in report.versions.items())) or NONE),
+        (both("用时", "time taken"), e(", ".join(f"{k} {number(v)} s" for k, v in report.seconds.items())) or NONE),
     ]
     if report.imatrix:
-        facts.append((_both("重要性矩阵", "importance matrix"), f"<code>{_e(report.imatrix.name)}</code>"))
+        facts.append((both("重要性矩阵", "importance matrix"), f"<code>{e(report.imatrix.name)}</code>"))
     out.append(
         f'<div class="scroll"><table>{"".join(f"<tr><th>{k}</th><td class=long>{v}</td></tr>" for k, v in facts)}</table></div>'
     )
     if report.commands:
-        out.append(_both("用过的命令，依次是：", "What was typed, in order:", "p"))
-        out.append(f"<pre>{chr(10).join(_e(c) for c in report.commands)}</pre>")
+        out.append(both("用过的命令，依次是：", "What was typed, in order:", "p"))
+        out.append(f"<pre>{chr(10).join(e(c) for c in report.commands)}</pre>")
     out.append(
-        _both(
+        both(
             "同样的数字，连同全部百分位数，在 <a href='report.json'>report.json</a> 里。",
             "The same figures, with all percentiles, are in <a href='report.json'>report.json</a>.",
             "p",

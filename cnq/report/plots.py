@@ -132,6 +132,32 @@ def importance_map(grid: Grid, label: str) -> str:
     return _map(grid, {}, lambda value: to_hex(tuple(scale.to_rgba(value))) if value > 0 else None, label, scale)
 
 
+def error_by_layer(losses: Mapping[str, Mapping[int, tuple[float, float]]], label: str) -> str:
+    """A panel for each role: layer against the error (before, after), hollow and filled, on a logarithmic scale."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, NullFormatter
+
+    roles = list(losses)[:MAX_ROLES]
+    across = min(4, len(roles))
+    down = math.ceil(len(roles) / across)
+    with _style(label):
+        figure = Figure(figsize=(10, 2.1 * down + 0.2), layout="constrained")
+        for i, role in enumerate(roles):
+            layers = sorted(losses[role])[:MAX_LAYERS]
+            axes = figure.add_subplot(down, across, i + 1)
+            axes.spines[["top", "right"]].set_visible(False)
+            for side, fill in ((0, "none"), (1, _ACCENT)):
+                values = [losses[role][layer][side] for layer in layers]
+                axes.plot(layers, values, color=_ACCENT, linewidth=0.8, marker="o", markersize=4, markerfacecolor=fill)
+            if all(min(losses[role][layer]) > 0 for layer in layers):
+                axes.set_yscale("log")
+            axes.yaxis.set_minor_formatter(NullFormatter())
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.tick_params(labelsize=8)
+            axes.set_title(_ascii(role)[:_MAX_NAME], loc="left", fontsize=9, fontfamily="monospace")
+        return _svg(figure, label)
+
+
 def bit_colours(bits: Sequence[float]) -> dict[float, str]:
     """A colour for each number of bits per weight, on one logarithmic scale for all pictures of a report."""
     from matplotlib import colormaps

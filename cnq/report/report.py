@@ -14,7 +14,7 @@ from ..evaluate import Measured
 from ..files import replacing
 from ..imatrix_file import Importance, read_imatrix
 from .card import card, is_ours
-from .data import KLD_BOUND, Choice, Report, Subject, choose
+from .data import KLD_BOUND, Choice, Compensation, Report, Subject, choose
 from .page import page
 
 SCHEMA = 1  # of report.json; a key that goes or changes its meaning makes it 2
@@ -86,6 +86,7 @@ def _json(report: Report, choice: Choice | None, importance: Importance | None) 
             "measured_on_calibration": report.measured_on_calibration,
         },
         "calibration": [asdict(used) for used in report.calibration],
+        "compensation": [_compensation(c) for c in report.compensations],
         "imatrix": _imatrix(report, importance),
         "machine": asdict(report.machine),
         "versions": report.versions,
@@ -111,8 +112,18 @@ def _subject(s: Subject) -> dict[str, Any]:
 
 def _measured(m: Measured) -> dict[str, Any]:
     """All but what stands beside it and the KLD of every single token."""
-    found = {f.name: getattr(m, f.name) for f in fields(m) if f.name not in ("path", "nbytes", "bits_per_weight", "klds")}
+    found = {
+        f.name: getattr(m, f.name) for f in fields(m) if f.name not in ("path", "nbytes", "bits_per_weight", "klds", "same")
+    }
     return {name: asdict(value) if hasattr(value, "__dataclass_fields__") else value for name, value in found.items()}
+
+
+def _compensation(c: Compensation) -> dict[str, Any]:
+    return {
+        "file": c.path.name,
+        "matrices": [asdict(outcome) for outcome in c.outcomes],
+        "compared_with_plain": [{"text": asdict(used), **asdict(paired)} for used, paired in c.domains],
+    }
 
 
 def _imatrix(report: Report, importance: Importance | None) -> dict[str, Any] | None:

@@ -1,0 +1,216 @@
+"""Rounding that makes up for its own errors, inside the blocks that every llama.cpp reads.
+
+First scales and minima are ggml's, with the importance matrix, and the codes are chosen column by column, each column taking
+over what the errors of those before it did to the layer's output on the calibration text (factor.py); then everything is chosen
+again while that helps (refine.py). Types and bytes stay.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ..errors import QuantizeError
+from ..gguf_file import TensorType
+from . import rows
+from .codes import Form, form
+from .factor import Factor, factorized, ridge
+from .refine import Rounded, nearest, sweep
+
+DAMPINGS = (0.01, 0.03, 0.1, 0.3)
+_TILE = 512  # rows that a thread works on at once
+_SUB = 32  # columns after which errors are handed on to the rest of a block
+_BLOCK = 256  # and after which they are handed on to the next block
+_SAMPLE = 256  # rows that damping and order are chosen on
+_SWEEPS = 3
+
+
+@dataclass(frozen=True)
+class Hessian:
+    """Σ x xᵀ over the inputs of a matrix, (d, d) float32: `fit` for rounding, `held` over other rows, for judging it.
+
+    n_fit, n_held: rows. Tensors with the same input share one, and with it its factors.
+    """
+
+    fit: np.ndarray
+    held: np.ndarray
+    n_fit: int
+    n_held: int
+    _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
+
+    def factor(self, damping: float, by_diagonal: bool, pool: Executor) -> Factor:
+        """Computed once. by_diagonal: blocks, and the columns in each, go by how large their inputs are."""
+        key = (damping, by_diagonal)
+        if key not in self._factors:
+            order = _by_diagonal(self.fit) if by_diagonal else np.arange(len(self.fit))
+            self._factors[key] = factorized(self.fit, damping, order, pool)
+        return self._factors[key]
+
+
+def _by_diagonal(hessian: np.ndarray) -> np.ndarray:
+    """Columns so that blocks stay together: the heaviest first, and in each the heaviest column."""
+    blocks = np.diag(hessian).reshape(-1, _width(len(hessian)))
+    inside = np.argsort(-blocks, 1, kind="stable")
+    return np.concatenate([inside[b] + b * blocks.shape[1] for b in np.argsort(-blocks.sum(1), kind="stable")])
+
+
+def _width(columns: int) -> int:
+    """Columns of a block: 256, or less in a row that is no multiple of it, which only types with blocks of 32 can store."""
+    return int(np.gcd(columns, _BLOCK))
+
+
+@dataclass(frozen=True)
+class Compensated:
+    """rows: (n, bytes per row) uint8. loss, loss_plain: mean square of the output's error over the held-back inputs.
+
+    kept: whether the compensated codes were better than plain ones, and are in `rows`; damping and by_diagonal: how they were
+    made.
+    """
+
+    rows: np.ndarray
+    loss_plain: float
+    loss: float
+    damping: float
+    by_diagonal: bool
+    kept: bool
+
+
+def compensate(
+    weights: np.ndarray,
+    type: TensorType,
+    importance: np.ndarray | None,
+    hessian: Hessian,
+    *,
+    dampings: Sequence[float] = DAMPINGS,
+    orders: Sequence[bool] = (False,),
+    sweeps: int = _SWEEPS,
+    threads: int = 1,
+) -> Compensated:
+    """Round a matrix (n, d) float32 to `type`.
+
+    importance: (d,) float32, as ggml weighs errors in its search for scales; None: alike. dampings, orders: of these the best
+    is taken, by the held-back loss of some of the rows. The result does not depend on `threads`, each of which works best where
+    BLAS has a single one.
+    Raises QuantizeError: weights that are not finite or too large for the type, a type whose codes stand for groups
+    (codes.can_change), statistics of other columns or that are not positive definite.
+    """
+    shape = form(type)
+    d = weights.shape[1]
+    if hessian.fit.shape != (d, d) or hessian.held.shape != (d, d):
+        raise QuantizeError(
+            f"the statistics are of {hessian.fit.shape[0]} columns, the weights have {d}: they are of another model."
+        )
+    if not np.isfinite(weights).all():
+        raise QuantizeError("the weights hold NaN or infinity.")
+
+    def plain(part: np.ndarray) -> np.ndarray:
+        return _encoded(part, type, importance)
+
+    with ThreadPoolExecutor(threads) as pool:
+        data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
+
+        def again(choice: tuple[float, bool]) -> Callable[[np.ndarray], np.ndarray]:
+            factor = hessian.factor(*choice, pool)
+            return lambda part: _compensated(part, shape, importance, factor, hessian.fit, sweeps)
+
+        choices = [(damping, by_diagonal) for by_diagonal in orders for damping in dampings]
+        if len(choices) > 1:
+            sample = weights[:: max(1, len(weights) // _SAMPLE)]
+            losses = [_rounded(sample, type, again(choice), hessian, pool)[1] for choice in choices]
+            choices = [choices[int(np.argmin(losses))]]
+        data, loss = _rounded(weights, type, again(choices[0]), hessian, pool)
+    kept = loss < loss_plain
+    return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), *choices[0], kept)
+
+
+def _rounded(
+    weights: np.ndarray, type: TensorType, round: Callable[[np.ndarray], np.ndarray], hessian: Hessian, pool: Executor
+) -> tuple[np.ndarray, float]:
+    """Rows rounded tile by tile, and what they lose on the held-back inputs."""
+    n, d = weights.shape
+    out = np.empty((n, type.row_bytes(d)), np.uint8)
+
+    def do(start: int) -> float:
+        part = np.ascontiguousarray(weights[start : start + _TILE], np.float32)
+        data = out[start : start + _TILE] = round(part)
+        error = part - rows.decode(data, type, np.empty(part.size, np.float32))
+        with np.errstate(over="ignore", invalid="ignore"):
+            loss = float(np.einsum("ij,ij->", error @ hessian.held, error, dtype=np.float64))
+        if not rows.is_sound(data, type) or not np.isfinite(loss):
+            raise QuantizeError(f"the weights are too large for {type.name}. Choose another type for them.")
+        return loss
+
+    return out, sum(pool.map(do, range(0, n, _TILE))) / hessian.n_held
+
+
+def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
+    """Rows as ggml rounds them: (n, bytes per row)."""
+    out = np.empty(len(part) * type.row_bytes(part.shape[1]), np.uint8)
+    return rows.encode(part, type, importance, out).reshape(len(part), -1)
+
+
+def _compensated(
+    part: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor, hessian: np.ndarray, sweeps: int
+) -> np.ndarray:
+    columns_first = np.ascontiguousarray(part.T)
+    data = feedback(columns_first, shape, importance, factor)
+    rounded = Rounded.read(shape, columns_first, data)
+    for _ in range(sweeps):
+        sweep(rounded, hessian, ridge(hessian, factor.damping))
+    rounded.write(data)
+    return data
+
+
+def feedback(weights: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor) -> np.ndarray:
+    """(n, bytes per row) uint8 of weights (d, n): rounded with error feedback.
+
+    Columns come first, so that each step of the inner loop goes over memory in a line.
+    """
+    d, n = weights.shape
+    width = _width(d)
+    out = np.empty((n, d // width, shape.type.row_bytes(width)), np.uint8)
+    errors = np.empty_like(weights)  # in the order of the factor
+    for start in range(0, d, width):
+        own = slice(start, start + width)
+        now = weights[factor.order[own]] + factor.feedback[:start, own].T @ errors[:start]
+        block = factor.order[start] // width
+        weighed = None if importance is None else importance[block * width : (block + 1) * width]
+        original = weights[factor.order[own]]
+        inside = factor.order[own] % width
+        out[:, block] = _block(now, original, errors[own], inside, shape, weighed, factor.feedback[own, own])
+    return out.reshape(n, -1)
+
+
+def _block(
+    now: np.ndarray,
+    original: np.ndarray,
+    errors: np.ndarray,
+    inside: np.ndarray,
+    shape: Form,
+    importance: np.ndarray | None,
+    within: np.ndarray,
+) -> np.ndarray:
+    """(n, bytes) of the block, its scales those of the weights as they are `now`, corrected by the blocks before.
+
+    now, original, errors: (width, n), which is filled. inside: the columns' places in the block, in the order of these.
+    """
+    width, n = now.shape
+    values = np.empty((n, width), np.float32)
+    values[:, inside] = now.T
+    data = _encoded(values, shape.type, importance)
+    scales = shape.scales(data)
+    steps, offsets = np.ascontiguousarray(scales.steps().T), scales.offsets()
+    offsets = None if offsets is None else np.ascontiguousarray(offsets.T)
+    codes = np.empty((width, n), np.uint8)
+    for sub in range(0, width, _SUB):
+        end = min(sub + _SUB, width)
+        for c in range(sub, end):
+            if c > sub:
+                now[c] += within[sub:c, c] @ errors[sub:c]
+            group = inside[c] // shape.group
+            codes[inside[c]], value = nearest(now[c], steps[group], None if offsets is None else offsets[group], shape)
+            np.subtract(original[c], value, out=errors[c])
+        now[end:] += within[sub:end, end:].T @ errors[sub:end]
+    shape.put_codes(data, np.ascontiguousarray(codes.T))
+    return data

@@ -1,0 +1,226 @@
+"""Compare compensated rounding with plain, on a float model of any size.
+
+    python tools/reference_model.py /tmp/ref/wide-F16.gguf
+    python tools/rounding.py /tmp/ref/wide-F16.gguf -t Q3_K_M -t Q4_K_M -t Q5_K_M --write
+    python tools/rounding.py /tmp/ref/wide-F16.gguf --rows 10,25,50,100
+
+Calibrates on cnq's own Chinese and English texts, and measures on texts of other kinds: buyers' reviews, licences, and what
+--text names besides. Steps run as processes of their own, whose time and peak memory are taken. What is there beside the
+float model is used again. --rows: what more or less of the same text gives. --write puts the table into docs/benchmarks.md.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from cnq.corpus import Source, chunks, peoples_daily, read_source
+from cnq.evaluate import Evaluation, evaluate
+from cnq.gguf_file import GgufFile
+from cnq.hessian_file import beside, read_statistics
+from cnq.machine import this_machine
+from cnq.paired import Interval, Paired, compare
+from cnq.texts import python_reference, unlike_texts
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- rounding: begin -->", "<!-- rounding: end -->"
+ROUNDINGS = ("plain", "compensated")
+FILE = click.Path(path_type=Path)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A step in a process of its own. said: its JSON. memory: peak of the process and of those it started, bytes."""
+
+    said: Any
+    seconds: float
+    memory: int
+
+
+@click.command()
+@click.argument("gguf", type=FILE)
+@click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True)
+@click.option("--chunks", "n_chunks", default=100, show_default=True, help="Of 512 tokens, for calibration.")
+@click.option("--eval-chunks", default=24, show_default=True, help="Of 512 tokens of each text measured on.")
+@click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Measure on this too; repeatable.")
+@click.option("--rows", help="Numbers of chunks, comma-separated: study how many rows it takes, and do nothing else.")
+@click.option("--threads", default=0, help="0 = all cores.")
+@click.option("--write", is_flag=True, help="Put the table into docs/benchmarks.md.")
+def main(
+    gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None, threads: int,
+    write: bool,
+) -> None:  # fmt: skip
+    """Compare on the float GGUF."""
+    if rows:
+        click.echo("\n".join(rows_needed(gguf, types[0], [int(n) for n in rows.split(",")], threads)))
+        return
+    imatrix = gguf.with_name(f"{gguf.stem}.imatrix.gguf")
+    stages = []
+    if not imatrix.exists():
+        stages.append(("second moments", calibrated(gguf, imatrix, n_chunks, threads)))
+    files: dict[tuple[str, str], Path] = {}
+    facts: dict[str, Any] = {}
+    for type in types:
+        for rounding in ROUNDINGS:
+            path = files[type, rounding] = gguf.with_name(f"{gguf.stem}-{type}-{rounding}.gguf")
+            record = path.with_suffix(".json")
+            if not path.exists() or not record.exists():
+                ran = cnq(
+                    "quantize", gguf, path, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads
+                )
+                stages.append((f"{type}, {rounding}", ran))
+                record.write_text(json.dumps(ran.said))
+            facts[str(path)] = json.loads(record.read_text())
+    named = [(text.partition("=")[0], read_source(Path(text.partition("=")[2]))) for text in texts]
+    sources = [(s.name, s) for s in unlike_texts()] + named
+    lines = [header(), "", *table(gguf, files, facts, sources, eval_chunks, threads), "", *times(stages)]
+    click.echo("\n".join(lines))
+    if write:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+        body = "\n".join(lines).rstrip()
+        PAGE.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{body}\n{END}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+
+
+def cnq(*arguments: object, threads: int = 0) -> Ran:
+    """Run a command of cnq to its end."""
+    started = time.perf_counter()
+    command = [sys.executable, "-m", "cnq", *map(str, arguments), "--threads", str(threads), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, encoding="utf-8")
+    assert process.stdout
+    said = process.stdout.read()
+    _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed with status {status}")
+    return Ran(json.loads(said), time.perf_counter() - started, used.ru_maxrss * 1024)
+
+
+def calibrated(gguf: Path, dst: Path, n_chunks: int, threads: int) -> Ran:
+    return cnq("imatrix", gguf, "-o", dst, "--chunks", n_chunks, "--hessian", "--force", threads=threads)
+
+
+def table(
+    gguf: Path,
+    files: dict[tuple[str, str], Path],
+    facts: dict[str, Any],
+    sources: list[tuple[str, Source]],
+    n_chunks: int,
+    threads: int,
+) -> list[str]:
+    lines = [
+        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % | difference, points "
+        "[95 %] | chunks better |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, source in sources:
+        found = measured(gguf, list(files.values()), source, n_chunks, threads)
+        by_path = {m.path: m for m in found.models}
+        for type in dict.fromkeys(type for type, _ in files):
+            plain, mine = (by_path[files[type, rounding]] for rounding in ROUNDINGS)
+            lines.append(row(type, mine.path, name, compare(plain, mine, found.n_chunks)))
+    lines.append("")
+    for (type, rounding), path in files.items():
+        if rounding == "compensated":
+            lines.append(f"- {type}: {kept(facts[str(path)])}")
+            one, two = (GgufFile(files[type, r]) for r in ROUNDINGS)
+            same = all(one.tensors[n].type == t.type and one.tensors[n].nbytes == t.nbytes for n, t in two.tensors.items())
+            assert same, f"{path} has other types than plain rounding"
+    return lines
+
+
+def kept(said: dict[str, Any]) -> str:
+    tried = said["compensation"]
+    plain = [o["name"].removesuffix(".weight") for o in tried if not o["kept"]]
+    return f"{len(tried) - len(plain)} of {len(tried)} matrices compensated" + (f"; plain: {', '.join(plain)}" if plain else "")
+
+
+def measured(gguf: Path, files: list[Path], source: Source, n_chunks: int, threads: int) -> Evaluation:
+    def text(model: Any) -> Any:
+        return chunks([source], lambda t: model.tokenize(t, add_special=True, parse_special=False), 512, n_chunks)
+
+    return evaluate(files, text, base=gguf, threads=threads)
+
+
+def row(type: str, path: Path, name: str, p: Paired) -> str:
+    def interval(i: Interval, form: str) -> str:
+        return f"{i.value:{form}} [{i.low:{form}}, {i.high:{form}}]"
+
+    ratio = f"**{p.kld.value:.3f}** [{p.kld.low:.3f}, {p.kld.high:.3f}]"
+    cells = (
+        type, f"{path.stat().st_size:,}", name, f"{p.plain:.6f} → {p.mine:.6f}", ratio, interval(p.median, ".3f"),
+        f"{p.top_plain:.2f} → {p.top_mine:.2f}", interval(p.top, "+.2f"), f"{p.better}/{p.n_chunks}",
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def times(stages: list[tuple[str, Ran]]) -> list[str]:
+    if not stages:
+        return []
+    rows = [f"| {name} | {ran.seconds:.0f} | {ran.memory / 1e9:.2f} |" for name, ran in stages]
+    return ["| stage | seconds | peak memory, GB |", "|---|---|---|", *rows]
+
+
+def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[str]:
+    """Error at the output, compensated / plain, by role, for statistics of so many chunks; geometric means over the layers.
+
+    Judged on the held-out half of the calibration texts.
+    """
+    judge = gguf.with_name(f"{gguf.stem}-judge.imatrix.gguf")
+    if not judge.exists():
+        texts = []
+        for name, source, share in (("zh", peoples_daily("held-out"), 3), ("en", python_reference("held-out"), 2)):
+            texts.append(gguf.with_name(f"held-out-{name}.txt"))
+            texts[-1].write_text("\n".join(source.documents), encoding="utf-8")
+            texts[-1] = f"{texts[-1]}={share}"
+        cnq("imatrix", gguf, *texts, "-o", judge, "--chunks", 40, "--hessian", "--force", threads=threads)
+    lines = []
+    for n in sorted(counts):
+        imatrix = gguf.with_name(f"{gguf.stem}-rows-{n}.imatrix.gguf")
+        if not imatrix.exists():
+            calibrated(gguf, imatrix, n, threads)
+        out = gguf.with_name(f"{gguf.stem}-rows.gguf")
+        pair = []
+        for rounding in ROUNDINGS:
+            cnq("quantize", gguf, out, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads)
+            pair.append(losses(gguf, out, judge))
+        out.unlink()
+        logs: dict[str, list[float]] = {}
+        for name in pair[0]:
+            if pair[0][name] > 0:
+                logs.setdefault(name.split(".")[-2], []).append(float(np.log(pair[1][name] / pair[0][name])))
+        if not lines:
+            lines = [f"| chunks | rows to fit to | {' | '.join(logs)} |", f"|---|---|{'---|' * len(logs)}"]
+        n_fit = read_statistics(beside(imatrix)).inputs[0].n_fit
+        lines.append(f"| {n} | {n_fit:,} | {' | '.join(f'{np.exp(np.mean(found)):.3f}' for found in logs.values())} |")
+    return lines
+
+
+def losses(gguf: Path, rounded: Path, imatrix: Path) -> dict[str, float]:
+    """Mean square of the error at each matrix's output over all rows of an importance matrix's second moments."""
+    statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(rounded)
+    found = {}
+    for number, one in enumerate(statistics.inputs):
+        sums = statistics.read(number)
+        for name in one.weights:
+            error = exact.tensor(name).float32() - file.tensor(name).float32()
+            total = np.einsum("ij,ij->", error @ (sums.fit + sums.held), error, dtype=np.float64)
+            found[name] = float(total) / (sums.n_fit + sums.n_held)
+    return found
+
+
+def header() -> str:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    command = " ".join(["python", "tools/rounding.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {os.cpu_count()} cores, {this_machine().cpu}."
+
+
+if __name__ == "__main__":
+    main()
