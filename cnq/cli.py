@@ -178,7 +178,14 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("src", type=FILE)
 @click.argument("dst", type=FILE)
-@click.option("-t", "--type", required=True, help="Quantization, e.g. Q4_K_M; a wrong name lists all that llama.cpp offers.")
+@click.option("-t", "--type", help="Quantization, e.g. Q4_K_M; a wrong name lists all that llama.cpp offers.")
+@click.option(
+    "--size", metavar="SIZE", help="Instead of a type: the best mixture of types for a file of this size, e.g. 4.2GB."
+)
+@click.option("--bpw", type=click.FloatRange(1, 32), help="The same, for so many bits per weight.")
+@click.option("--max-ram", metavar="SIZE", is_flag=False, flag_value="", help="The same, for what runs in so much memory with its "
+              "context; without SIZE, in what is free on this machine.")  # fmt: skip
+@click.option("--recipe", type=FILE, help="The types that a .recipe.toml gives, of this model or another of its family.")
 @click.option("--imatrix", type=FILE, help="Importance matrix, GGUF or legacy .dat; the smallest types need one.")
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
               help="Another type for tensors whose name the regular expression finds; repeatable.")  # fmt: skip
@@ -188,28 +195,59 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
 @click.option("--rounding", type=click.Choice(["compensated", "plain"]), help="compensated: errors make up for each other, by "
               "what imatrix --hessian left beside the imatrix.  [default: compensated where that is, else plain]")  # fmt: skip
+@click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,
+              help="With --size: how much is measured; kept for the next size.")  # fmt: skip
+@click.option("--types", metavar="TYPE,...", help="With --size: the types to choose from.")
+@click.option("--prefer-repacked", is_flag=True, help="With --size: prefer types that llama.cpp repacks for this processor.")
+@click.option("--text", "texts", multiple=True, help="With --size: file to measure sensitivities on; repeatable.")
+@click.option("--held-out", multiple=True, help="With --size: file to judge by; repeatable.  [default: reviews and licences]")
+@click.option("--eval-chunks", type=click.IntRange(0), default=20, show_default=True,
+              help="With --size: held-out chunks to judge by; 0 = take the mixture on trust.")  # fmt: skip
+@click.option(
+    "--ctx", "n_ctx", type=click.IntRange(16), help="With --max-ram: tokens of context.  [default: the model's, ≤ 4096]"
+)
 @click.option("--dry-run", is_flag=True, help="Only show what each tensor becomes, and the exact size of the file.")
 @THREADS
 @FORCE
 @JSON
 def quantize(
+    src: Path,
+    dst: Path,
     as_json: bool,
     dry_run: bool,
-    dst: Path,
     force: bool,
     threads: int,
-    rounding: str | None,
+    type: str | None,
+    recipe: Path | None,
     tensor_types: Sequence[str],
     **options: Any,
 ) -> None:
-    """Shrink the float GGUF SRC into DST, with plain rounding to the bit as llama-quantize does.
+    """Shrink the float GGUF SRC into DST: to a type, or to a size.
+
+    With a type and plain rounding, to the bit as llama-quantize does. With a size (docs/size-budget.md) each tensor gets the
+    type that loses least within it, as measured; the result is compared with the stock mixture, and the better one kept.
 
     \b
     cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M
     cnq quantize a2-f16.gguf a2-iq2.gguf -t IQ2_M --imatrix a2.imatrix.gguf
     cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M --imatrix a2.imatrix.gguf --rounding compensated
     cnq quantize a2-f16.gguf a2-mix.gguf -t Q4_K_M --tensor-type 'attn_v=Q8_0' --dry-run
+    cnq quantize a2-f16.gguf a2-4g.gguf --size 4GB --imatrix a2.imatrix.gguf
+    cnq quantize a2-f16.gguf a2-ram.gguf --max-ram 6GB --imatrix a2.imatrix.gguf
+    cnq quantize b2-f16.gguf b2-4g.gguf --recipe a2-4g.recipe.toml --imatrix b2.imatrix.gguf
     """
+    sized = {name: options.pop(name) for name in _SIZED}
+    given = [f"--{name.replace('_', '-')}" for name in _BUDGETS if sized[name] is not None]
+    given += [name for name, value in (("--type", type), ("--recipe", recipe)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise click.UsageError(f"give one of --type, --size, --bpw, --max-ram, --recipe; {found} was given.")
+    wishes = [_wish(w) for w in tensor_types]
+    if type is None and recipe is None:
+        if wishes or options["output_type"] or options["embedding_type"] or options["pure"] or options["allow_requantize"]:
+            raise click.UsageError("a size decides the type of every tensor: --types restricts what it may choose.")
+        _quantize_to_size(src, dst, sized, options["imatrix"], options["rounding"], threads, force, dry_run, as_json)
+        return
     from .engine.child import started_early
 
     with started_early("cnq.engine.worker"):
@@ -217,21 +255,96 @@ def quantize(
 
         for name in ("output_type", "embedding_type"):
             options[name] = options[name] and options[name].upper()
-        wishes = [_wish(w) for w in tensor_types]
+        if recipe:
+            type, options["rounding"], types, told = _of_recipe(src, recipe, options["imatrix"], options["rounding"])
+            wishes += types
+            for note in told:
+                click.echo(f"note: {note}", err=True)
+        assert type
         if dry_run:
-            terminal.emit(plan(tensor_types=wishes, **options), as_json, terminal.show_plan)
+            terminal.emit(plan(src, type, tensor_types=wishes, **options), as_json, terminal.show_plan)
             return
         with terminal.Progress(quiet=as_json).bar("quantizing", "tensors") as progress:
             result = quantize(
-                dst=dst,
+                src,
+                dst,
+                type,
                 force=force,
                 threads=threads,
-                rounding=rounding,
                 tensor_types=wishes,
                 progress=lambda _, i, n: progress(i, n),
                 **options,
             )
     terminal.emit(result, as_json, terminal.show_quantized)
+
+
+_BUDGETS = ("size", "bpw", "max_ram")
+_SIZED = (*_BUDGETS, "effort", "types", "prefer_repacked", "texts", "held_out", "eval_chunks", "n_ctx")
+
+
+def _quantize_to_size(
+    src: Path, dst: Path, sized: dict[str, Any], imatrix: Path | None, rounding: str | None, threads: int, force: bool,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from . import corpus
+    from .allocate.gate import quantize_to_size
+    from .allocate.measure import text_of
+    from .allocate.search import allocate, repacked_here
+    from .imatrix_file import read_imatrix
+    from .texts import calibration_texts, unlike_texts
+
+    sources, special = _sources(src, sized["texts"], None)
+    skip = read_imatrix(imatrix).n_chunks if imatrix and not sources else 0
+    text = text_of(sources or calibration_texts(), skip, special)
+    options: dict[str, Any] = {
+        "imatrix": imatrix,
+        "rounding": rounding,
+        "types": sized["types"].split(",") if sized["types"] else (),
+        "effort": sized["effort"],
+        "repacked": repacked_here() if sized["prefer_repacked"] else None,
+        "threads": threads,
+        "progress": terminal.Progress(quiet=as_json),
+    }
+    budget = _budget(src, sized)
+    if dry_run:
+        terminal.emit(allocate(src, budget, text, **options), as_json, terminal.show_allocation)
+        return
+    judges, special = _sources(src, sized["held_out"], None)
+
+    def held_out(model: Any) -> Any:
+        def tokenize(text: str) -> list[int]:
+            return list(model.tokenize(text, add_special=True, parse_special=special))
+
+        return corpus.chunks(judges or unlike_texts(), tokenize, 512, sized["eval_chunks"])
+
+    result = quantize_to_size(src, dst, budget, text, held_out if sized["eval_chunks"] else None, force=force, **options)
+    terminal.emit(result, as_json, terminal.show_sized)
+
+
+def _budget(src: Path, sized: dict[str, Any]) -> Any:
+    from .allocate.search import Budget
+    from .context import room_for_weights
+    from .files import byte_size
+    from .gguf_file import GgufFile
+
+    if sized["max_ram"] is not None:
+        memory = byte_size(sized["max_ram"]) if sized["max_ram"] else None
+        return Budget(room_for_weights(GgufFile(src), sized["n_ctx"], memory), clipped=True)
+    return Budget(byte_size(sized["size"]) if sized["size"] else None, sized["bpw"])
+
+
+def _of_recipe(
+    src: Path, path: Path, imatrix: Path | None, rounding: str | None
+) -> tuple[str, str, list[tuple[str, str]], list[str]]:
+    """A recipe's type, rounding, tensor types for this model, and what the user should know."""
+    from .allocate.recipe import applied, read_recipe, unlike
+    from .gguf_file import GgufFile
+    from .quantize import anchored, plan
+
+    recipe = read_recipe(path)
+    quantized = [t.name for t in plan(src, "Q4_K_M").tensors if t.type != t.from_type or t.wanted]
+    types = applied(recipe, GgufFile(src), quantized)
+    return recipe.type, rounding or recipe.rounding, anchored(types), unlike(recipe, types, imatrix, rounding)
 
 
 @cli.command()
@@ -558,9 +671,27 @@ def web(gguf: Path, as_json: bool, **options: Any) -> None:
 
 def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:
     """What makes chunks of the texts named, or of the default corpus, with a model's own tokenizer and prompt format."""
+    from . import corpus
+    from .texts import calibration_texts
+
+    sources, dialogues = _sources(gguf, texts, format)
+
+    def chunks(model: Any) -> Any:
+        return corpus.chunks(
+            sources or (calibration_texts() if split == "calibration" else [corpus.peoples_daily("held-out")]),
+            lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
+            n_ctx,
+            n_chunks,
+            split if not sources else None,
+        )
+
+    return chunks
+
+
+def _sources(gguf: Path, texts: Sequence[str], format: str | None) -> tuple[list[Any], bool]:
+    """The texts named, conversations in the model's prompt format; and whether special tokens in them are meant."""
     from . import corpus, prompts
     from .gguf_file import GgufFile
-    from .texts import calibration_texts
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
@@ -574,18 +705,7 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
     render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
     sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
-    dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
-
-    def chunks(model: Any) -> Any:
-        return corpus.chunks(
-            sources or (calibration_texts() if split == "calibration" else [corpus.peoples_daily("held-out")]),
-            lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
-            n_ctx,
-            n_chunks,
-            split if not sources else None,
-        )
-
-    return chunks
+    return sources, any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
 
 
 def _wish(text: str) -> tuple[str, str]:

@@ -5,6 +5,7 @@ errors: KLD = g · E. The gain g is measured: g = KLD / ΣE(q) with the group's 
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -26,8 +27,8 @@ from ..imatrix import with_bos
 from ..logits_file import LogitsFile, LogitsWriter, n_scored
 from ..scores import Estimate, Scores
 from .groups import Part, role_of
+from .rounding import Rounding, decoded
 from .samples import Sampler
-from .scan import Rounding, decoded
 
 _ROWS = 1 << 18  # elements rounded at once
 
@@ -35,7 +36,9 @@ _ROWS = 1 << 18  # elements rounded at once
 class Prober(AbstractContextManager["Prober"]):
     """The float model in memory, some text, and what the model says about it."""
 
-    def __init__(self, gguf: Path, text: Callable[[Model], Chunks], names: Sequence[str], scratch: Path, threads: int, n_ctx: int):
+    def __init__(
+        self, gguf: Path, text: Callable[[Model], Chunks], names: Sequence[str], scratch: Path, threads: int, n_ctx: int
+    ):
         """names: of the matrices that may be rounded. scratch: a folder for the float model's log-probabilities."""
         self.file = GgufFile(gguf)
         self.names, self.threads, self._n_ctx = names, threads, n_ctx
@@ -52,6 +55,14 @@ class Prober(AbstractContextManager["Prober"]):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._model.close()
+
+    def seconds_per_chunk(self) -> float:
+        """What a chunk takes in all threads, once to warm up."""
+        ids = with_bos(self._model, self.chunks.tokens[0])
+        for _ in range(2):
+            started = time.perf_counter()
+            self._model.logits_in_place(ids, self._n_ctx // 2)
+        return time.perf_counter() - started
 
     def uses(self, name: str) -> set[str]:
         return self._weights.uses(name)
@@ -91,7 +102,9 @@ class Prober(AbstractContextManager["Prober"]):
         tensor = self.file.tensor(part.tensor)
         data = self.rounded(part.tensor, type, rounding)
         if part.use == LOOKUP:
-            self._weights.look_up(part.tensor, decoded(data.reshape(prod(tensor.shape[:-1]), -1), tensor.type, tensor.shape[-1]))
+            self._weights.look_up(
+                part.tensor, decoded(data.reshape(prod(tensor.shape[:-1]), -1), tensor.type, tensor.shape[-1])
+            )
             return
         if apart:  # the rows that are looked up stay the float model's, unless they are rounded as well
             table = decoded(tensor.rows(), tensor.type, tensor.shape[-1])

@@ -50,10 +50,10 @@ def grouped(tensors: Iterable[TensorInfo], tied: bool) -> dict[str, list[Part]]:
     n_layers = 1 + max((where[1] for _, where in placed if where and where[1] is not None), default=0)
     groups: dict[str, list[Part]] = {}
     for tensor, where in placed:
-        if where is None or where[1] is None:
+        role, layer = where or (tensor.name, None)
+        if layer is None:
             for part in parts(tensor.name, tied):
                 groups[str(part).replace(".weight", "")] = [part]
         else:
-            role, layer = where
             groups.setdefault(f"{role} {_THIRDS[3 * layer // n_layers]}", []).append(Part(tensor.name, PRODUCT))
     return groups

@@ -10,39 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
 
 import numpy as np
 
 from ..engine import rows
-from ..engine.weights import LOOKUP, PRODUCT
+from ..engine.weights import LOOKUP
 from ..gguf_file import GgufFile, TensorType
 from .groups import Part
-
-
-class Rounding(Protocol):
-    """How the final run rounds. name: of the kind, for records."""
-
-    name: str
-
-    def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
-        """Rows (n, columns) float32 of one matrix of a tensor, in the form of `type`: (n, bytes per row) uint8."""
-        ...
-
-
-@dataclass(frozen=True)
-class Plain:
-    """ggml's own rounding. importance: tensor -> flat E[x²] (Importance.means)."""
-
-    importance: Mapping[str, np.ndarray]
-    name: str = "plain"
-
-    def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
-        n, columns = values.shape
-        found = self.importance.get(tensor)
-        weights = None if found is None else found[matrix * columns :][:columns]
-        out = np.empty(n * type.row_bytes(columns), np.uint8)
-        return rows.encode(values, type, weights, out).reshape(n, -1)
+from .rounding import Rounding, decoded
 
 
 @dataclass(frozen=True)
@@ -54,12 +29,6 @@ class Error:
 
 
 Errors = dict[Part, dict[str, Error]]  # part -> type -> error
-
-
-def decoded(data: np.ndarray, type: TensorType, columns: int) -> np.ndarray:
-    """(n, columns) float32 of stored rows."""
-    data = np.ascontiguousarray(data).view(np.uint8).reshape(len(data), -1)
-    return rows.decode(data, type, np.empty(len(data) * columns, np.float32))
 
 
 def scan(
@@ -146,3 +115,21 @@ def _squares(a: np.ndarray) -> float:
     return float(np.einsum("ij,ij->", a, a, dtype=np.float64))
 
 
+def extrapolated(plain: Errors, compensated: Errors, groups: Mapping[str, Sequence[Part]]) -> Errors:
+    """The errors under compensated rounding of all parts, from plain ones of all and compensated ones of some in each group.
+
+    What compensation leaves of a weight's error is alike within a group; it is taken from the group's measured parts.
+    """
+    found = dict(plain)
+    for group in groups.values():
+        measured = [part for part in group if part in compensated]
+        for part in group:
+            if part in compensated:
+                found[part] = compensated[part]
+                continue
+            for type, error in plain[part].items() if measured else ():
+                before = sum(plain[m][type].weight for m in measured)
+                share = sum(compensated[m][type].weight for m in measured) / before if before else 1.0
+                weight = error.weight * share
+                found[part] = found[part] | {type: Error(weight, max(0.0, error.output - error.weight) + weight)}
+    return found

@@ -10,7 +10,7 @@ from pathlib import Path
 from ..corpus import Used
 from ..engine.quantizer import Outcome
 from ..evaluate import Measured
-from ..gguf_file import GgufFile, TensorInfo
+from ..gguf_file import GgufFile
 from ..machine import Machine
 from ..paired import Paired
 from ..scores import Estimate
@@ -21,7 +21,6 @@ from ..speed import Speed
 KLD_BOUND = 0.05
 NONE = "–"
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-ENDS = ("token_embd", "output")
 _MATRIX = re.compile(r"blk\.(\d{1,6})\.(.+)\.weight")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
@@ -153,16 +152,6 @@ def choose(report: Report) -> Choice | None:
         if kld.value + 2 * kld.error <= KLD_BOUND:
             return Choice(subject, kld, True)
     return Choice(*min(known, key=lambda pair: pair[1].value), False) if known else None
-
-
-def place(tensor: TensorInfo) -> tuple[str, int | None] | None:
-    """Where a matrix stands: (role, layer), (name, None) at the model's ends; None for norms, biases and the like."""
-    if len(tensor.shape) < 2:
-        return None
-    if m := _MATRIX.fullmatch(tensor.name):
-        return m[2], int(m[1])
-    name = tensor.name.removesuffix(".weight")
-    return (name, None) if name in ENDS else None
 
 
 # Figures

@@ -9,11 +9,11 @@ from math import isfinite
 
 import numpy as np
 
+from ..allocate.groups import ENDS, place
 from ..files import decimal
 from ..imatrix_file import Importance
 from .compensation import compensations
 from .data import (
-    ENDS,
     KLD_BOUND,
     NONE,
     ROLES,
@@ -22,7 +22,6 @@ from .data import (
     Subject,
     clean,
     number,
-    place,
     with_error,
 )
 from .pieces import both, e, section, table
