@@ -183,8 +183,8 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
     "--size", metavar="SIZE", help="Instead of a type: the best mixture of types for a file of this size, e.g. 4.2GB."
 )
 @click.option("--bpw", type=click.FloatRange(1, 32), help="The same, for so many bits per weight.")
-@click.option("--max-ram", metavar="SIZE", is_flag=False, flag_value="", help="The same, for what runs in so much memory with its "
-              "context; without SIZE, in what is free on this machine.")  # fmt: skip
+@click.option("--max-ram", metavar="SIZE", is_flag=False, flag_value="",
+              help="The same, to run with its context in so much memory; without SIZE: in what is free here.")  # fmt: skip
 @click.option("--recipe", type=FILE, help="The types that a .recipe.toml gives, of this model or another of its family.")
 @click.option("--imatrix", type=FILE, help="Importance matrix, GGUF or legacy .dat; the smallest types need one.")
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",

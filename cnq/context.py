@@ -65,7 +65,8 @@ def room_for_weights(file: GgufFile, n_ctx: int | None = None, memory: int | Non
     context = cache_bytes(file) * n_ctx + _buffers(file)
     if context >= memory:
         raise NoSpace(
-            f"a context of {n_ctx} tokens takes {decimal(context)}, of {decimal(memory)} of memory. Give more, or a smaller --ctx."
+            f"a context of {n_ctx} tokens takes {decimal(context)} of {decimal(memory)} of memory. Give more, or try a "
+            "smaller --ctx."
         )
     return memory - context
 

@@ -12,8 +12,8 @@ CNQ = ROOT / "cnq"
 ORDER = [
     "errors", "files", "machine", "tuning", "gguf_file", "fingerprint", "imatrix_file", "hessian_file", "imatrix_stats",
     "logits_file", "prompts", "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf",
-    "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired", "allocate", "choices",
-    "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params", "sessions",
+    "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired", "allocate",
+    "choices", "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params", "sessions",
     "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build", "terminal", "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],

@@ -26,7 +26,7 @@ from ..gguf_file import GgufFile, TensorType
 from ..imatrix import with_bos
 from ..logits_file import LogitsFile, LogitsWriter, n_scored
 from ..scores import Estimate, Scores
-from .groups import Part, role_of
+from .groups import Part, layer_of, role_of
 from .rounding import Rounding, decoded
 from .samples import Sampler
 
@@ -182,3 +182,31 @@ def gains(measured: Mapping[str, Estimate], errors: Mapping[str, float]) -> dict
             own = spread / (spread + noise[g]) if len(m) > 1 and spread + noise[g] else 1.0
             found[g] = Gain(float(np.exp(log[g])), float(np.sqrt(noise[g])), float(np.exp(own * log[g] + (1 - own) * mean)))
     return found | {g: Gain(0.0, 0.0, 0.0) for g in measured if g not in found}
+
+
+def by_layer(
+    found: Mapping[str, Gain], groups: Mapping[str, Sequence[Part]], errors: Mapping[Part, float]
+) -> dict[Part, float]:
+    """Part -> gain. Within a role the gain changes with the depth, by tens of times from the first layers to the last: it is
+    interpolated between the middles of the thirds, in logarithms, and scaled so that each third keeps the divergence measured.
+
+    errors: of each part when the gains were measured.
+    """
+    middles: dict[str, list[tuple[float, float]]] = {}
+    for group, parts in groups.items():
+        layers = [layer_of(part) for part in parts]
+        if found[group].value > 0 and None not in layers:
+            middles.setdefault(role_of(group), []).append((float(np.mean(layers)), float(np.log(found[group].value))))  # type: ignore[arg-type]
+    out: dict[Part, float] = {}
+    for group, parts in groups.items():
+        curve = sorted(middles.get(role_of(group), []))
+        value = found[group].value
+        if value <= 0 or len(curve) < 2:
+            out |= dict.fromkeys(parts, value)
+            continue
+        at, log = zip(*curve, strict=True)
+        shape = {part: float(np.exp(np.interp(layer_of(part) or 0, at, log))) for part in parts}
+        total = sum(shape[part] * errors[part] for part in parts)
+        scale = value * sum(errors[part] for part in parts) / total if total else 1.0
+        out |= {part: shape[part] * scale for part in parts}
+    return out

@@ -44,6 +44,11 @@ def role_of(group: str) -> str:
     return group.partition(" ")[0]
 
 
+def layer_of(part: Part) -> int | None:
+    m = _MATRIX.fullmatch(part.tensor)
+    return int(m[1]) if m else None
+
+
 def grouped(tensors: Iterable[TensorInfo], tied: bool) -> dict[str, list[Part]]:
     """Group -> its parts, e.g. "ffn_down middle", in the order of the file; every matrix is in one, or in two with two uses."""
     placed = [(t, place(t)) for t in tensors]

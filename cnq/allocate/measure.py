@@ -20,7 +20,7 @@ from ..gguf_file import TYPE_BY_NAME, GgufFile, TensorType
 from ..machine import physical_cores
 from ..scores import Estimate
 from .candidates import beside
-from .gains import Gain, Prober, gains
+from .gains import Prober, by_layer, gains
 from .groups import Part, grouped
 from .rounding import Compensating, Plain, decoded
 from .samples import tokens_kept
@@ -84,16 +84,18 @@ def text_of(sources: Sequence[Source], skip: int, parse_special: bool = False) -
 class Sensitivities:
     """errors: of each part in each type. klds: group -> its divergence when rounded to its reference type, plainly.
 
-    references: plain errors of the weights alone in those types. seconds: what the stages took when they were measured.
+    references: part -> plain error of its weights alone in that type. seconds: of each stage, when it was measured.
     """
 
     errors: Errors = field(default_factory=dict)
     klds: dict[str, Estimate] = field(default_factory=dict)
-    references: dict[str, float] = field(default_factory=dict)
+    references: dict[Part, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def gains(self) -> dict[str, Gain]:
-        return gains(self.klds, self.references)
+    def gains(self, groups: Mapping[str, Sequence[Part]]) -> dict[Part, float]:
+        """Part -> KLD per error."""
+        totals = {g: sum(self.references[part] for part in parts) for g, parts in groups.items()}
+        return by_layer(gains(self.klds, totals), groups, self.references)
 
     def lacks(self, wanted: Mapping[Part, Sequence[TensorType]]) -> dict[Part, list[TensorType]]:
         missing = {part: [t for t in types if t.name not in self.errors.get(part, {})] for part, types in wanted.items()}
@@ -180,7 +182,7 @@ class _Work:
         plain_types = {part: types for part, types in plain_types.items() if types}
         found = scan(self.file, plain_types, inputs, tokens, self.subject.plain, effort.rows, self.threads, tick)
         for g in unknown:
-            known.references[g] = sum(found[part][self.reference[g].name].weight for part in self.groups[g])
+            known.references |= {part: found[part][self.reference[g].name].weight for part in self.groups[g]}
         if isinstance(rounding, Compensating) and missing:
             some = [parts[:] if effort.every else [parts[len(parts) // 2]] for parts in self.groups.values()]
             few = {part: plain_types[part] for parts in some for part in parts if part in missing}
@@ -277,18 +279,19 @@ class _Cache:
                 Part(e["tensor"], e["use"]): {t: Error(*pair) for t, pair in e["errors"].items()} for e in kept["errors"]
             }
             klds = {g: Estimate(*pair) for g, pair in kept["klds"].items()}
-            return Sensitivities(errors, klds, dict(kept["references"]), dict(kept["seconds"]))
+            references = {Part(e["tensor"], e["use"]): e["reference"] for e in kept["errors"]}
+            return Sensitivities(errors, klds, references, dict(kept["seconds"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             return Sensitivities()
 
     def save(self, known: Sensitivities) -> None:
         kept = {
             "errors": [
-                asdict(part) | {"errors": {t: (e.weight, e.output) for t, e in errors.items()}}
+                asdict(part)
+                | {"reference": known.references[part], "errors": {t: (e.weight, e.output) for t, e in errors.items()}}
                 for part, errors in known.errors.items()
             ],
             "klds": {g: (k.value, k.error) for g, k in known.klds.items()},
-            "references": known.references,
             "seconds": known.seconds,
         }
         content = self._all() | {self.key: kept}

@@ -46,7 +46,7 @@ def write_recipe(recipe: Recipe, path: Path, types_path: Path) -> None:
     """Write both files, over earlier ones."""
     strings = {"imatrix": recipe.imatrix, "imatrix_sha256": recipe.imatrix_sha256, "sha256": recipe.sha256}
     lines = [
-        "# Types that cnq chose for a size. The same file again: cnq quantize MODEL.gguf OUT.gguf --recipe THIS --imatrix IMATRIX",
+        "# Types that cnq chose for a size. The same file again: cnq quantize SRC DST --recipe THIS --imatrix IMATRIX",
         f"format = {_FORMAT}",
         f"model = {_quoted(recipe.model)}",
         f"type = {_quoted(recipe.type)}",

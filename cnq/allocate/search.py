@@ -1,4 +1,4 @@
-"""From a budget to a type for each tensor: measured sensitivities, the knapsack, and bytes checked against llama.cpp's dry run."""
+"""From a budget to a type for each tensor: sensitivities, the knapsack, and bytes checked against llama.cpp's dry run."""
 
 import hashlib
 import time
@@ -16,7 +16,6 @@ from ..imatrix_file import read_imatrix
 from ..quantize import Plan, anchored, plan, plans, statistics_for
 from . import knapsack
 from .candidates import Space, allowed_types, space
-from .gains import Gain
 from .groups import Part
 from .measure import EFFORTS, Progress, Sensitivities, Subject, Text, measure
 from .rounding import Compensating, Plain
@@ -29,7 +28,7 @@ _SLOWER = 1.25  # how much more a type that is not repacked is taken to lose, wh
 
 @dataclass(frozen=True)
 class Budget:
-    """nbytes: of the whole file, at most; or bits: per weight, of the tensors' data. clipped: more than all types need is fine."""
+    """nbytes: of the whole file, at most; or bits: per weight, of the tensors' data. clipped: more than can be used is fine."""
 
     nbytes: int | None = None
     bits: float | None = None
@@ -47,9 +46,9 @@ class Budget:
 class Allocation:
     """type: the stock mixture nearest in size, which stands in the file's metadata. types: of every tensor that is quantized.
 
-    predicted: KLD by the model of sensitivities. gap: how far from the optimum of that model it can be. by_part: what
-    embedding and output, and the blocks, have of the bytes and of the predicted KLD, here and in the stock mixture.
-    measured: seconds of each stage; cached: that they were measured before.
+    predicted, predicted_stock: KLD by the model of sensitivities, here and of that mixture rounded alike. gap: how far from the
+    optimum of that model it can be. ends, ends_stock: the share of embedding and output in the bytes of the matrices, and in
+    the predicted KLD. seconds: of each stage, when it was measured.
     """
 
     type: str
@@ -65,7 +64,6 @@ class Allocation:
     ends_stock: tuple[float, float]
     rounding: str
     seconds: dict[str, float]
-    cached: bool
     notes: tuple[str, ...] = ()
 
 
@@ -102,10 +100,8 @@ def allocate(
     key = _key(file, imatrix, statistics)
     plain = Plain(importance)
     subject = Subject(src, room.candidates, Compensating(plain, statistics) if statistics else plain, key)
-    before = time.perf_counter()
     known, groups = measure(subject, text, EFFORTS[effort], threads, progress)
-    cached = time.perf_counter() - before < 1 or False
-    gains = {part: known.gains()[g] for g, parts in groups.items() for part in parts}
+    gains = known.gains(groups)
     solving = time.perf_counter()
     chosen, found = _solve(room, nbytes, known, gains, repacked)
     nearest = min(stock, key=lambda p: (abs(p.nbytes - nbytes), p.nbytes))
@@ -128,7 +124,6 @@ def allocate(
         ends_stock=_share_of_ends(of_stock, stock_loss, room),
         rounding="compensated" if statistics else "plain",
         seconds=known.seconds | {"solving": time.perf_counter() - solving, "in all": time.perf_counter() - started},
-        cached=cached,
     )
 
 
@@ -144,7 +139,7 @@ def _key(file: GgufFile, imatrix: Path | None, statistics: Statistics | None) ->
 
 
 def _solve(
-    room: Space, budget: int, known: Sensitivities, gains: dict[Part, Gain], repacked: frozenset[str] | None
+    room: Space, budget: int, known: Sensitivities, gains: dict[Part, float], repacked: frozenset[str] | None
 ) -> tuple[dict[str, str], knapsack.Solution]:
     names = list(room.candidates)
     costs = []
@@ -165,11 +160,11 @@ def _solve(
     return {n: room.candidates[n][i].name for n, i in zip(names, found.chosen, strict=True)}, found
 
 
-def _loss(name: str, type: str, known: Sensitivities, gains: dict[Part, Gain]) -> float:
-    return sum(gains[part].value * known.errors[part][type].output for part in gains if part.tensor == name)
+def _loss(name: str, type: str, known: Sensitivities, gains: dict[Part, float]) -> float:
+    return sum(gains[part] * known.errors[part][type].output for part in gains if part.tensor == name)
 
 
-def _losses(types: dict[str, str], known: Sensitivities, gains: dict[Part, Gain]) -> dict[str, float]:
+def _losses(types: dict[str, str], known: Sensitivities, gains: dict[Part, float]) -> dict[str, float]:
     """Predicted KLD by tensor; of types that were not measured, nothing."""
     measured = {part.tensor: known.errors[part] for part in gains}
     return {n: _loss(n, t, known, gains) if t in measured[n] else float("nan") for n, t in types.items()}
