@@ -195,11 +195,11 @@ def show_allocation(found: "Allocation") -> None:
         f"{found.nbytes} bytes of {found.budget} ({100 * found.nbytes / found.budget:.2f} %), {found.bits_per_weight:.3f} "
         f"bits/weight, {found.rounding} rounding: " + ", ".join(f"{n} × {type}" for type, n in sorted(count.items()))
     )
-    click.echo(
-        f"predicted KLD {found.predicted:.4f}, of {found.type} {found.predicted_stock:.4f}; within {100 * found.gap:.4f} % of "
-        f"the optimum; {100 * found.ends[0]:.0f} % of the bytes are embedding and output ({found.type}: "
-        f"{100 * found.ends_stock[0]:.0f} %)"
-    )
+    stock = ends = ""
+    if found.predicted_stock is not None and found.ends_stock is not None:
+        stock, ends = f" ({found.type}: {found.predicted_stock:.4f})", f" ({found.type}: {100 * found.ends_stock[0]:.0f} %)"
+    click.echo(f"predicted KLD {found.predicted:.4f}{stock}, within {100 * found.gap:.4f} % of the least that can be predicted")
+    click.echo(f"embedding and output have {100 * found.ends[0]:.0f} % of the bytes{ends}")
     click.echo("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in found.seconds.items()))
 
 

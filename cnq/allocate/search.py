@@ -46,7 +46,8 @@ class Budget:
 class Allocation:
     """type: the stock mixture nearest in size, which stands in the file's metadata. types: of every tensor that is quantized.
 
-    predicted, predicted_stock: KLD by the model of sensitivities, here and of that mixture rounded alike. gap: how far from the
+    predicted, predicted_stock: KLD by the model of sensitivities, here and of that mixture rounded alike (None = it has types
+    that were not measured). gap: how far from the
     optimum of that model it can be. ends, ends_stock: the share of embedding and output in the bytes of the matrices, and in
     the predicted KLD. seconds: of each stage, when it was measured.
     """
@@ -58,10 +59,10 @@ class Allocation:
     limits: tuple[int, int]
     bits_per_weight: float
     predicted: float
-    predicted_stock: float
+    predicted_stock: float | None
     gap: float
     ends: tuple[float, float]
-    ends_stock: tuple[float, float]
+    ends_stock: tuple[float, float] | None
     rounding: str
     seconds: dict[str, float]
     notes: tuple[str, ...] = ()
@@ -118,10 +119,10 @@ def allocate(
         limits=room.limits,
         bits_per_weight=made.bits_per_weight,
         predicted=sum(loss.values()),
-        predicted_stock=sum(stock_loss.values()),
+        predicted_stock=sum(stock_loss.values()) if len(stock_loss) == len(chosen) else None,
         gap=found.gap,
         ends=_share_of_ends(chosen, loss, room),
-        ends_stock=_share_of_ends(of_stock, stock_loss, room),
+        ends_stock=_share_of_ends(of_stock, stock_loss, room) if len(stock_loss) == len(chosen) else None,
         rounding="compensated" if statistics else "plain",
         seconds=known.seconds | {"solving": time.perf_counter() - solving, "in all": time.perf_counter() - started},
     )
@@ -165,9 +166,9 @@ def _loss(name: str, type: str, known: Sensitivities, gains: dict[Part, float]) 
 
 
 def _losses(types: dict[str, str], known: Sensitivities, gains: dict[Part, float]) -> dict[str, float]:
-    """Predicted KLD by tensor; of types that were not measured, nothing."""
+    """Predicted KLD by tensor, of those whose type was measured."""
     measured = {part.tensor: known.errors[part] for part in gains}
-    return {n: _loss(n, t, known, gains) if t in measured[n] else float("nan") for n, t in types.items()}
+    return {n: _loss(n, t, known, gains) for n, t in types.items() if t in measured[n]}
 
 
 def _share_of_ends(types: dict[str, str], losses: dict[str, float], room: Space) -> tuple[float, float]:
