@@ -1,11 +1,13 @@
 """Collecting second moments: H = Σ x xᵀ of every input of a matrix product, what rounding with compensation needs.
 
 GPTQ (arXiv 2210.17323), section 3. Matrices that are multiplied with the same input share one H. Inputs are summed a slice of
-the model at a time, as many as memory holds; each slice runs the text again, up to its own last product.
+the model at a time, as many as memory holds; each slice runs the text again, up to its own last product. Some chunks are held
+back, to judge by: of their rows x a sketch is kept, Σ s xᵀ with a column s of random signs for each.
 """
 
 import ctypes
 import hashlib
+import shutil
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -15,9 +17,9 @@ import numpy as np
 from .engine import ggml
 from .engine.model import Model
 from .errors import EngineError, NoSpace, StatisticsError
-from .files import decimal, require_space
+from .files import decimal
 from .gguf_file import GgufFile
-from .hessian_file import Input, Source, Statistics, add_outer, packed_size, read_statistics
+from .hessian_file import SKETCH, Input, Source, Statistics, add_outer, parts, read_statistics
 from .machine import free_memory
 
 HELD_EVERY = 5  # of five chunks the last is held back; odd, so that two texts in turns both are
@@ -85,17 +87,17 @@ class Sums:
     def __init__(self, inputs: dict[int, Input]):
         """inputs: by their number, in the order of the graph."""
         self.inputs = inputs
-        self.packed = {n: np.zeros((2, packed_size(i.columns)), np.float32) for n, i in inputs.items()}
+        self.numbers = {n: np.zeros(i.nbytes // 4, np.float32) for n, i in inputs.items()}
         self.rows = {n: [0, 0] for n in inputs}
         self._by_weight: dict[str, list[int]] = {}
         for number, one in inputs.items():
             self._by_weight.setdefault(one.weights[0], []).append(number)
         self._last = next(reversed(self._by_weight))
         self._mul_mat, self._mul_mat_id = ggml.op("MUL_MAT"), ggml.op("MUL_MAT_ID")
-        self._held = 0
+        self._signs: np.ndarray | None = None  # of a chunk that is held back
 
-    def begin(self, chunk: int) -> None:
-        self._held = int(chunk % HELD_EVERY == HELD_EVERY - 1)
+    def begin(self, chunk: int, n_tokens: int) -> None:
+        self._signs = signs(chunk, n_tokens) if chunk % HELD_EVERY == HELD_EVERY - 1 else None
 
     def __call__(self, tensor: ggml.Tensor, ask: bool) -> bool:
         if tensor.op not in (self._mul_mat, self._mul_mat_id):
@@ -111,7 +113,7 @@ class Sums:
             raise EngineError(f"{name}: llama.cpp multiplies it with another type than F32. Round without: --rounding plain")
         x = ggml.array(inputs)
         if tensor.op == self._mul_mat:
-            self._add(numbers[0], name, x.reshape(-1, inputs.ne[0]))
+            self._add(numbers[0], name, x.reshape(-1, inputs.ne[0]), slice(None))
         else:
             self._experts(numbers, name, x[0], ggml.array(tensor.src[2].contents, np.int32)[0, 0])
         return name != self._last
@@ -120,19 +122,30 @@ class Sums:
         """x: (tokens, 1 or experts used, columns). chosen: (tokens, experts used)."""
         for number in numbers:
             token, slot = np.nonzero(chosen == self.inputs[number].expert)
-            self._add(number, name, x[token, slot % x.shape[1]])
+            self._add(number, name, x[token, slot % x.shape[1]], token)
 
-    def _add(self, number: int, name: str, x: np.ndarray) -> None:
+    def _add(self, number: int, name: str, x: np.ndarray, tokens: slice | np.ndarray) -> None:
+        """x: (n, columns), the inputs of these tokens of the chunk."""
         if not np.isfinite(x.sum()):
             raise EngineError(
                 f"{name}: its inputs are not finite. The model overflows float16, or is damaged: "
                 "convert it with --dtype bf16 or f32."
             )
-        add_outer(self.packed[number][self._held], x)
-        self.rows[number][self._held] += len(x)
+        packed, held = parts(self.numbers[number], x.shape[1])
+        if self._signs is None:
+            add_outer(packed, x)
+        else:
+            held += self._signs[tokens].T @ x
+        self.rows[number][self._signs is not None] += len(x)
 
     def result(self) -> dict[int, tuple[np.ndarray, int, int]]:
-        return {n: (self.packed[n], self.rows[n][0], self.rows[n][1]) for n in self.inputs}
+        return {n: (self.numbers[n], self.rows[n][0], self.rows[n][1]) for n in self.inputs}
+
+
+def signs(chunk: int, n_tokens: int) -> np.ndarray:
+    """(n_tokens, SKETCH) float32: ± 1/√SKETCH, the same whenever the chunk is run."""
+    drawn = np.random.default_rng(chunk).integers(0, 2, (n_tokens, SKETCH), np.int8)
+    return (2 * drawn - 1).astype(np.float32) * np.float32(SKETCH**-0.5)
 
 
 def prepare(
@@ -153,7 +166,12 @@ def prepare(
         model.feed(tokens[0, :_PROBE].tolist())
         found = Statistics(folder, source, probe.found())
     folder.mkdir(parents=True, exist_ok=True)
-    require_space(folder, sum(found.inputs[n].nbytes for n in found.missing))
+    need, free = sum(found.inputs[n].nbytes for n in found.missing), shutil.disk_usage(folder).free
+    if free < need:
+        raise NoSpace(
+            f"{folder}: {decimal(need)} of disk needed for second moments, {decimal(free)} free. Make room, name an output on "
+            "another disk, or round without them: cnq imatrix without --hessian, cnq build --rounding plain."
+        )
     found.save()
     return found
 
@@ -167,7 +185,7 @@ def slices(statistics: Statistics, memory: int) -> list[list[int]]:
         if one.nbytes > memory:
             raise NoSpace(
                 f"{decimal(one.nbytes)} of memory needed for the statistics of {one.name}, {decimal(memory)} given. "
-                "Close other programs, raise --hessian-memory, or do without --hessian."
+                "Close other programs, raise --hessian-memory, or round without: cnq build --rounding plain."
             )
         taken += one.nbytes
         if taken > memory:

@@ -1,8 +1,8 @@
 """Second moments of the inputs of matrices on disk, in a folder beside the importance matrix: `<imatrix>.hessian/`.
 
-manifest.json says whose they are and lists the inputs; `<number>.npy` holds the two sums of an input: over the rows to fit to,
-and over the rows held back. An input is complete or absent. Of a symmetric matrix the blocks on and above the diagonal are
-kept: half of the disk, half of the memory while they are summed.
+manifest.json says whose they are and lists the inputs; `<number>.npy` holds what is known of an input, complete or absent: the
+sum over the rows to fit to, of which the blocks on and above the diagonal are kept, and a sketch of the rows held back, which
+are there to judge by. That is a little more than half of one symmetric matrix.
 """
 
 import hashlib
@@ -22,6 +22,7 @@ FOLDER = ".hessian"
 _MANIFEST = "manifest.json"
 _FORMAT = 1
 _BLOCK = 256  # rows of a block
+SKETCH = 512  # rows of a sketch: ‖S x‖² is right within 6 % for a single error, and closer for the sum over a matrix's rows
 MIN_FIT, MIN_HELD = 256, 64  # rows; an expert may see few tokens, and what it saw few of is no measure of it
 
 
@@ -71,13 +72,19 @@ def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:
     return full
 
 
+def parts(numbers: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of what a file holds: the packed sum, and the sketch (SKETCH, columns)."""
+    size = packed_size(columns)
+    return numbers[:size], numbers[size:].reshape(SKETCH, columns)
+
+
 # The folder
 
 
 @dataclass(frozen=True)
 class Input:
     """What some matrices are multiplied with. weights: their names, in the order of the model. expert: of stacks of matrices,
-    the one that is meant. n_fit, n_held: rows summed, None = not collected yet. checksum: CRC-32 of the sums.
+    the one that is meant. n_fit, n_held: rows seen, None = not collected yet. checksum: CRC-32 of the file's numbers.
     """
 
     weights: tuple[str, ...]
@@ -98,8 +105,8 @@ class Input:
 
     @property
     def nbytes(self) -> int:
-        """Of its two sums."""
-        return 2 * 4 * packed_size(self.columns)
+        """Of its sum and its sketch."""
+        return 4 * (packed_size(self.columns) + SKETCH * self.columns)
 
 
 @dataclass(frozen=True)
@@ -117,7 +124,9 @@ class Source:
 
 @dataclass(frozen=True)
 class Moments:
-    """Σ x xᵀ of an input: fit, over the rows to fit to, and held, over the rows held back; (columns, columns) float32."""
+    """fit: Σ x xᵀ over the rows x to fit to, (columns, columns) float32. held: S X of the rows X held back, (SKETCH, columns)
+    float32, with random signs S: heldᵀ held is Σ x xᵀ over them on average (Johnson-Lindenstrauss; Achlioptas, JCSS 66, 2003).
+    """
 
     fit: np.ndarray
     held: np.ndarray
@@ -150,12 +159,12 @@ class Statistics:
         return self.folder / f"{number:05}.npy"
 
     def put(self, sums: dict[int, tuple[np.ndarray, int, int]]) -> "Statistics":
-        """Write the sums of inputs: number -> (packed sums (2, n), rows to fit to, rows held back)."""
+        """Write what is known of inputs: number -> (`numbers` as of an Input, rows to fit to, rows held back)."""
         inputs = list(self.inputs)
-        for number, (packed, n_fit, n_held) in sums.items():
-            with replacing(self.path(number), force=True, need=packed.nbytes) as partial, partial.open("wb") as f:
-                np.save(f, packed, allow_pickle=False)
-            inputs[number] = replace(inputs[number], n_fit=n_fit, n_held=n_held, checksum=zlib.crc32(packed.data))
+        for number, (numbers, n_fit, n_held) in sums.items():
+            with replacing(self.path(number), force=True, need=numbers.nbytes) as partial, partial.open("wb") as f:
+                np.save(f, numbers, allow_pickle=False)
+            inputs[number] = replace(inputs[number], n_fit=n_fit, n_held=n_held, checksum=zlib.crc32(numbers.data))
         done = Statistics(self.folder, self.source, tuple(inputs))
         done.save()
         return done
@@ -169,15 +178,15 @@ class Statistics:
         known, path = self.inputs[number], self.path(number)
         again = f"Delete {self.folder} and compute it again: cnq imatrix --hessian"
         try:
-            packed = np.load(path, mmap_mode="r", allow_pickle=False)
+            numbers = np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError, EOFError) as error:
             raise StatisticsError(f"{path}, the statistics of {known.name}, cannot be read: {error}. {again}") from None
-        if (packed.dtype, packed.shape) != (np.float32, (2, packed_size(known.columns))):
+        if (numbers.dtype, numbers.nbytes, numbers.ndim) != (np.float32, known.nbytes, 1):
             raise StatisticsError(f"{path} holds no statistics of {known.columns} columns for {known.name}. {again}")
-        if zlib.crc32(packed.data) != known.checksum:
+        if zlib.crc32(numbers.data) != known.checksum:
             raise StatisticsError(f"{path}, the statistics of {known.name}, is damaged: its checksum differs. {again}")
-        fit, held = (unpacked(sums, known.columns) for sums in packed)
-        return Moments(fit, held, known.n_fit or 0, known.n_held or 0)
+        packed, held = parts(numbers, known.columns)
+        return Moments(unpacked(packed, known.columns), np.array(held), known.n_fit or 0, known.n_held or 0)
 
 
 def _written(source: Source, inputs: tuple[Input, ...]) -> str:

@@ -234,7 +234,7 @@ def _run(
         for i in range(0 if sums else done, n):
             watchers: list[Any] = []
             if sums:
-                sums.begin(i)
+                sums.begin(i, len(chunks.tokens[i]))
                 watchers.append(sums)
             if number == 0 and i >= done:
                 collector.begin()

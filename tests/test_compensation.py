@@ -65,13 +65,13 @@ def test_codes_differ_just_where_compensation_was_kept(both):
 
 
 def test_no_matrix_is_worse_on_held_back_inputs(both, calibrated, wide_gguf):
-    """The losses told are tr(E H Eᵀ) / n, recomputed here from the files by numpy."""
+    """The losses told are ‖E Zᵀ‖² / n with the sketch Z, recomputed here from the files by numpy."""
     statistics = read_statistics(beside(calibrated))
     files = [GgufFile(path) for path in (wide_gguf, *(b.path for b in both))]
     for o in both[1].compensation:
         sums = statistics.read(statistics.find(o.name))
         exact, plain, mine = (file.tensor(o.name).float32().astype(np.float64) for file in files)
-        losses = [float(((e @ sums.held) * e).sum() / sums.n_held) for e in (plain - exact, mine - exact)]
+        losses = [float(((e @ sums.held.T) ** 2).sum() / sums.n_held) for e in (plain - exact, mine - exact)]
         assert losses == pytest.approx([o.loss_plain, o.loss], rel=1e-3)
         assert losses[1] < losses[0] if o.kept else losses[1] == losses[0]
 
@@ -119,10 +119,8 @@ def test_experts_with_few_tokens_stay_plain_by_name(tmp_path):
     assert any(f"{name} expert" in note and "too few" in note for note in mine.notes)
 
 
-@pytest.mark.parametrize(
-    "type", ["Q2_K", "Q3_K_S", "Q5_K_M", "Q6_K", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS"]
-)
-def test_every_type_of_single_codes_loses_less(type, wide_gguf, calibrated, tmp_path):
+@pytest.mark.parametrize("type", ["Q3_K_S", "IQ4_NL"])
+def test_other_types_lose_less_too(type, wide_gguf, calibrated, tmp_path):
     found = quantize(wide_gguf, tmp_path / "q.gguf", type, imatrix=calibrated)
     tried = [o for o in found.compensation if o.type == type.removesuffix("_S").removesuffix("_M")]
     assert len(tried) > 3

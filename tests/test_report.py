@@ -15,12 +15,14 @@ import tiny
 import yaml
 
 from cnq.corpus import Source, Used, chunks
+from cnq.engine.quantizer import Outcome
 from cnq.errors import OutputExists
 from cnq.evaluate import Measured, evaluate
 from cnq.imatrix import collect
 from cnq.machine import Machine
+from cnq.paired import Interval, Paired
 from cnq.quantize import quantize
-from cnq.report import Report, Subject, write_report
+from cnq.report import Compensation, Report, Subject, write_report
 from cnq.report.card import MARKER
 from cnq.report.data import KLD_BOUND, choose, number, with_error
 from cnq.report.words import SCRIPT, TERMS
@@ -270,6 +272,43 @@ def test_the_same_data_give_the_same_bytes(report, written, tmp_path):
 
 
 # Advice
+
+
+def compensated(report: Report, name: str = "blk.0.attn_q.weight") -> Report:
+    """The report with made-up outcomes of compensation in its last file, and one comparison."""
+    outcomes = [
+        Outcome(f"blk.{i}.{role}.weight", None, "Q4_K", None, 2.0 * (i + 1), 1.0 * (i + 1), True, 0.1, False)
+        for i in range(2)
+        for role in ("attn_q", "ffn_down")
+    ]
+    outcomes.append(Outcome("output.weight", None, "Q6_K", None, 3.0, 3.0, False, 0.1, False))
+    outcomes.append(Outcome(name, 3, "Q4_K", "12 tokens, and 3 to judge by, are too few"))
+    paired = Paired(0.2, 0.12, Interval(0.6, 0.55, 0.66), 0.1, 0.07, Interval(0.7, 0.6, 0.8), 70.0, 75.5,
+                    Interval(5.5, 4.5, 6.5), 9, 10)  # fmt: skip
+    path = report.subjects[-1].path
+    return replace(report, compensations=(Compensation(path, tuple(outcomes), ((report.held_out[0], paired),)),))
+
+
+def test_compensation_is_told_with_intervals_and_a_picture(report, tmp_path):
+    written = write_report(compensated(report), tmp_path)
+    page = written.html.read_text()
+    assert "0.600 [0.550, 0.660]" in page
+    assert "+5.5 [+4.5, +6.5]" in page
+    assert "4 of 6 matrices have compensated codes" in page
+    assert "6 个矩阵里有 4 个采用了互补的编码" in page
+    assert "blk.0.attn_q 3" in page
+    assert 'aria-label="error by layer of' in page
+    (found,) = json.loads(written.json.read_text())["compensation"]
+    assert [m["kept"] for m in found["matrices"]] == [True] * 4 + [False] * 2
+    assert found["compared_with_plain"][0]["kld"] == {"value": 0.6, "low": 0.55, "high": 0.66}
+    assert "× 0.60 (95 %: 0.55–0.66)" in written.card.read_text()
+    assert written.html.read_bytes() == write_report(compensated(report), tmp_path).html.read_bytes()
+    assert "Rounding that compensates" not in write_report(report, tmp_path).html.read_text()
+
+
+def test_hostile_names_of_matrices_are_text(report, tmp_path):
+    page = write_report(compensated(report, "<script>alert(1)</script>"), tmp_path).html.read_text()
+    assert "<script>alert" not in page
 
 
 def klded(report: Report, *klds: tuple[float, float]) -> Report:

@@ -14,7 +14,9 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,11 +25,15 @@ import click
 import numpy as np
 
 from cnq.corpus import Source, chunks, peoples_daily, read_source
+from cnq.engine.quantizer import Outcome
 from cnq.evaluate import Evaluation, evaluate
 from cnq.gguf_file import GgufFile
 from cnq.hessian_file import beside, read_statistics
 from cnq.machine import this_machine
 from cnq.paired import Interval, Paired, compare
+from cnq.report import Compensation
+from cnq.report.data import ROLES
+from cnq.report.plots import error_by_layer
 from cnq.texts import python_reference, unlike_texts
 
 ROOT = Path(__file__).parents[1]
@@ -39,10 +45,12 @@ FILE = click.Path(path_type=Path)
 
 @dataclass(frozen=True)
 class Ran:
-    """A step in a process of its own. said: its JSON. memory: peak of the process and of those it started, bytes."""
+    """A step in a process of its own. said: its JSON. cpu: seconds of all its cores together, which other work on the machine
+    hardly changes. memory: peak of the process and of those it started, bytes."""
 
     said: Any
     seconds: float
+    cpu: float
     memory: int
 
 
@@ -53,41 +61,44 @@ class Ran:
 @click.option("--eval-chunks", default=24, show_default=True, help="Of 512 tokens of each text measured on.")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Measure on this too; repeatable.")
 @click.option("--rows", help="Numbers of chunks, comma-separated: study how many rows it takes, and do nothing else.")
+@click.option("--picture", type=FILE, help="Draw the error by layer of the first type into this SVG.")
 @click.option("--threads", default=0, help="0 = all cores.")
 @click.option("--write", is_flag=True, help="Put the table into docs/benchmarks.md.")
 def main(
-    gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None, threads: int,
-    write: bool,
+    gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None,
+    picture: Path | None, threads: int, write: bool,
 ) -> None:  # fmt: skip
     """Compare on the float GGUF."""
     if rows:
         click.echo("\n".join(rows_needed(gguf, types[0], [int(n) for n in rows.split(",")], threads)))
         return
     imatrix = gguf.with_name(f"{gguf.stem}.imatrix.gguf")
-    stages = []
-    if not imatrix.exists():
-        stages.append(("second moments", calibrated(gguf, imatrix, n_chunks, threads)))
+    stages = {"second moments": once(imatrix, lambda: calibrated(gguf, imatrix, n_chunks, threads))}
     files: dict[tuple[str, str], Path] = {}
-    facts: dict[str, Any] = {}
     for type in types:
         for rounding in ROUNDINGS:
             path = files[type, rounding] = gguf.with_name(f"{gguf.stem}-{type}-{rounding}.gguf")
-            record = path.with_suffix(".json")
-            if not path.exists() or not record.exists():
-                ran = cnq(
-                    "quantize", gguf, path, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads
-                )
-                stages.append((f"{type}, {rounding}", ran))
-                record.write_text(json.dumps(ran.said))
-            facts[str(path)] = json.loads(record.read_text())
+            stages[f"{type}, {rounding}"] = once(path, partial(rounded, gguf, path, type, imatrix, rounding, threads))
     named = [(text.partition("=")[0], read_source(Path(text.partition("=")[2]))) for text in texts]
     sources = [(s.name, s) for s in unlike_texts()] + named
-    lines = [header(), "", *table(gguf, files, facts, sources, eval_chunks, threads), "", *times(stages)]
+    lines = [header(), "", *table(gguf, files, sources, eval_chunks, threads), ""]
+    lines += [f"- {t}: {kept(stages[f'{t}, compensated'].said)}" for t in types]
+    lines += ["", *times(stages)]
     click.echo("\n".join(lines))
+    if picture:
+        draw(stages[f"{types[0]}, compensated"].said, picture)
     if write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
         body = "\n".join(lines).rstrip()
         PAGE.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{body}\n{END}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+
+
+def once(path: Path, make: Callable[[], Ran]) -> Ran:
+    """What making a file took; from its record, when it was made before."""
+    record = path.with_name(f"{path.name}.ran.json")
+    if not path.exists() or not record.exists():
+        record.write_text(json.dumps(asdict(make())))
+    return Ran(**json.loads(record.read_text()))
 
 
 def cnq(*arguments: object, threads: int = 0) -> Ran:
@@ -100,24 +111,27 @@ def cnq(*arguments: object, threads: int = 0) -> Ran:
     _, status, used = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"{' '.join(command)} failed with status {status}")
-    return Ran(json.loads(said), time.perf_counter() - started, used.ru_maxrss * 1024)
+    return Ran(json.loads(said), time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss * 1024)
 
 
 def calibrated(gguf: Path, dst: Path, n_chunks: int, threads: int) -> Ran:
     return cnq("imatrix", gguf, "-o", dst, "--chunks", n_chunks, "--hessian", "--force", threads=threads)
 
 
+def rounded(gguf: Path, dst: Path, type: str, imatrix: Path, rounding: str, threads: int) -> Ran:
+    return cnq("quantize", gguf, dst, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads)
+
+
 def table(
     gguf: Path,
     files: dict[tuple[str, str], Path],
-    facts: dict[str, Any],
     sources: list[tuple[str, Source]],
     n_chunks: int,
     threads: int,
 ) -> list[str]:
     lines = [
-        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % | difference, points "
-        "[95 %] | chunks better |",
+        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % "
+        "| difference, points [95 %] | chunks better |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, source in sources:
@@ -126,13 +140,10 @@ def table(
         for type in dict.fromkeys(type for type, _ in files):
             plain, mine = (by_path[files[type, rounding]] for rounding in ROUNDINGS)
             lines.append(row(type, mine.path, name, compare(plain, mine, found.n_chunks)))
-    lines.append("")
-    for (type, rounding), path in files.items():
-        if rounding == "compensated":
-            lines.append(f"- {type}: {kept(facts[str(path)])}")
-            one, two = (GgufFile(files[type, r]) for r in ROUNDINGS)
-            same = all(one.tensors[n].type == t.type and one.tensors[n].nbytes == t.nbytes for n, t in two.tensors.items())
-            assert same, f"{path} has other types than plain rounding"
+    for type in dict.fromkeys(type for type, _ in files):
+        one, two = (GgufFile(files[type, rounding]) for rounding in ROUNDINGS)
+        alike = all((one.tensors[n].type, one.tensors[n].nbytes) == (t.type, t.nbytes) for n, t in two.tensors.items())
+        assert alike, f"{two.path} has other types than plain rounding"
     return lines
 
 
@@ -161,11 +172,18 @@ def row(type: str, path: Path, name: str, p: Paired) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def times(stages: list[tuple[str, Ran]]) -> list[str]:
-    if not stages:
-        return []
-    rows = [f"| {name} | {ran.seconds:.0f} | {ran.memory / 1e9:.2f} |" for name, ran in stages]
-    return ["| stage | seconds | peak memory, GB |", "|---|---|---|", *rows]
+def draw(said: dict[str, Any], path: Path) -> None:
+    """The report's picture as a file of its own, with the colours of the light page."""
+    outcomes = tuple(Outcome(**o) for o in said["compensation"])
+    losses = Compensation(Path(said["path"]), outcomes, ()).losses()
+    svg = error_by_layer({role: losses[role] for role in ROLES if role in losses}, "error by layer, plain and compensated")
+    svg = svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace("currentColor", "#70767d")
+    path.write_text(svg.replace("var(--accent)", "#1f7a8c") + "\n", encoding="utf-8")
+
+
+def times(stages: dict[str, Ran]) -> list[str]:
+    rows = [f"| {name} | {r.seconds:.0f} | {r.cpu:.0f} | {r.memory / 1e9:.2f} |" for name, r in stages.items()]
+    return ["| stage | seconds | of processor time | peak memory, GB |", "|---|---|---|---|", *rows]
 
 
 def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[str]:
@@ -177,11 +195,11 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
     if not judge.exists():
         texts = []
         for name, source, share in (("zh", peoples_daily("held-out"), 3), ("en", python_reference("held-out"), 2)):
-            texts.append(gguf.with_name(f"held-out-{name}.txt"))
-            texts[-1].write_text("\n".join(source.documents), encoding="utf-8")
-            texts[-1] = f"{texts[-1]}={share}"
+            file = gguf.with_name(f"held-out-{name}.txt")
+            file.write_text("\n".join(source.documents), encoding="utf-8")
+            texts.append(f"{file}={share}")
         cnq("imatrix", gguf, *texts, "-o", judge, "--chunks", 40, "--hessian", "--force", threads=threads)
-    lines = []
+    lines: list[str] = []
     for n in sorted(counts):
         imatrix = gguf.with_name(f"{gguf.stem}-rows-{n}.imatrix.gguf")
         if not imatrix.exists():
@@ -189,7 +207,7 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
         out = gguf.with_name(f"{gguf.stem}-rows.gguf")
         pair = []
         for rounding in ROUNDINGS:
-            cnq("quantize", gguf, out, "-t", type, "--imatrix", imatrix, "--rounding", rounding, "--force", threads=threads)
+            rounded(gguf, out, type, imatrix, rounding, threads)
             pair.append(losses(gguf, out, judge))
         out.unlink()
         logs: dict[str, list[float]] = {}
@@ -203,23 +221,23 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
     return lines
 
 
-def losses(gguf: Path, rounded: Path, imatrix: Path) -> dict[str, float]:
-    """Mean square of the error at each matrix's output over all rows of an importance matrix's second moments."""
-    statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(rounded)
+def losses(gguf: Path, other: Path, imatrix: Path) -> dict[str, float]:
+    """Mean square of the error at each matrix's output over the inputs that an importance matrix's second moments are of."""
+    statistics, exact, file = read_statistics(beside(imatrix)), GgufFile(gguf), GgufFile(other)
     found = {}
     for number, one in enumerate(statistics.inputs):
         sums = statistics.read(number)
         for name in one.weights:
             error = exact.tensor(name).float32() - file.tensor(name).float32()
-            total = np.einsum("ij,ij->", error @ (sums.fit + sums.held), error, dtype=np.float64)
-            found[name] = float(total) / (sums.n_fit + sums.n_held)
+            found[name] = float(np.einsum("ij,ij->", error @ sums.fit, error, dtype=np.float64)) / sums.n_fit
     return found
 
 
 def header() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
     command = " ".join(["python", "tools/rounding.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
-    return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {os.cpu_count()} cores, {this_machine().cpu}."
+    machine = f"{os.cpu_count()} cores, {this_machine().cpu}"
+    return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {machine}."
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from ..errors import QuantizeError
-from ..gguf_file import GgufFile, TensorType
+from ..gguf_file import BF16, F16, F32, GgufFile, TensorType
 from ..hessian_file import Statistics
 from . import rows
 from .codes import can_change
@@ -22,9 +22,9 @@ class Compensation:
         """importance: name -> flat float32 E[x²] of its matrices."""
         self._file, self._types, self._importance, self._statistics = file, types, importance, statistics
         known = {name for one in statistics.inputs for name in one.weights} & types.keys()
-        self._unchanged = [name for name in known if file.tensors[name].type == types[name]]
-        self._fixed = sorted(name for name in known if not can_change(types[name]) and name not in self._unchanged)
-        self.names = known - set(self._fixed) - set(self._unchanged)
+        rounded = {name for name in known if types[name] not in (F32, F16, BF16, file.tensors[name].type)}
+        self._fixed = sorted(name for name in rounded if not can_change(types[name]))
+        self.names = rounded - set(self._fixed)
 
     def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[tuple[Outcome, int, np.ndarray]]:
         """Yield what came of each matrix, the byte of its tensor where it starts, and its rounded rows.
@@ -51,7 +51,7 @@ class Compensation:
                     continue
                 if hessian is None:
                     sums = self._statistics.read(number)
-                    hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
+                    hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
                 found = _compensated(name, weights, type, importance, hessian, threads)
                 outcome = Outcome(
                     name, one.expert, type.name, None, found.loss_plain, found.loss, found.kept, found.damping,
