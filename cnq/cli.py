@@ -68,7 +68,14 @@ def _prepare() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True, help="Quantization; repeatable.")
+@click.option(
+    "-t", "--type", "types", multiple=True, help="Quantization; repeatable.  [default: Q4_K_M, unless --size is given]"
+)
+@click.option("--size", metavar="SIZE", help="The best mixture of types for a file of this size, e.g. 4.2GB.")
+@click.option("--bpw", type=click.FloatRange(1, 32), help="The same, for so many bits per weight.")
+@click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,
+              help="With --size: how much is measured.")  # fmt: skip
+@click.option("--frontier", is_flag=True, help="The best mixtures for the sizes of five of llama.cpp's, beside these.")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge into MODEL, directory or hub id; repeatable, in order.")
 @click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
 @FORMAT
@@ -81,7 +88,16 @@ def _prepare() -> None:
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS
 @JSON
-def build(model: str, as_json: bool, prompt: str | None, hessian_memory: str | None, **options: Any) -> None:
+def build(
+    model: str,
+    as_json: bool,
+    prompt: str | None,
+    hessian_memory: str | None,
+    types: Sequence[str],
+    size: str | None,
+    bpw: float | None,
+    **options: Any,
+) -> None:
     """Take MODEL the whole road: download, convert, calibrate, quantize, measure, report.
 
     MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
@@ -92,12 +108,19 @@ def build(model: str, as_json: bool, prompt: str | None, hessian_memory: str | N
     cnq build 7b-plus                                LLaMA + Chinese-LLaMA-Plus + Chinese-Alpaca-Plus
     cnq build 7b --lora my-adapter/
     cnq build ./my-merged-model --format llama-2
+    cnq build 7b --size 4GB                          the types that lose least in 4 GB
     """
+    from .allocate.search import Budget
     from .build import build
     from .files import byte_size
 
+    if size and bpw:
+        raise click.UsageError("give --size or --bpw, not both.")
     memory = byte_size(hessian_memory) if hessian_memory else 0
-    result = build(model, hessian_memory=memory, progress=terminal.Progress(quiet=as_json), **options)
+    budget = Budget(byte_size(size) if size else None, bpw) if size or bpw else None
+    types = types or (() if budget or options["frontier"] else ("Q4_K_M",))
+    progress = terminal.Progress(quiet=as_json)
+    result = build(model, types, hessian_memory=memory, budget=budget, progress=progress, **options)
     terminal.emit(result, as_json, terminal.show_built)
     if prompt is not None and not as_json:
         from .chat import open_chat

@@ -263,8 +263,8 @@ def made(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
     words = folder / "words.txt"
     words.write_text("\n".join(tiny.SENTENCES * 30))
-    arguments = ["quantize", src, folder / "out.gguf", "--bpw", "4.5", "--imatrix", imatrix, "--text", words, "--held-out", words,
-                 "--eval-chunks", "2", "--effort", "fast", "--threads", "1", "--json"]  # fmt: skip
+    arguments = ["quantize", src, folder / "out.gguf", "--bpw", "4.5", "--imatrix", imatrix, "--text", words,
+                 "--held-out", words, "--eval-chunks", "2", "--effort", "fast", "--threads", "1", "--json"]  # fmt: skip
     result = CliRunner().invoke(cli, [str(a) for a in arguments])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)

@@ -68,7 +68,7 @@ class Compensating:
             if number not in self._last:
                 self._last.clear()
                 sums = self.statistics.read(number)
-                hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
+                hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
                 with ThreadPoolExecutor(1) as pool:
                     hessian.factor(_DAMPING, False, pool)
                 self._last[number] = hessian

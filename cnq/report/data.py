@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..allocate.gate import Contender
 from ..corpus import Used
 from ..engine.quantizer import Outcome
 from ..evaluate import Measured
@@ -27,13 +28,17 @@ _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 @dataclass(frozen=True)
 class Subject:
-    """One GGUF of the report. type: e.g. "Q4_K_M". imatrix: whether one weighed the rounding. measured, speed: None = not."""
+    """One GGUF of the report. type: e.g. "Q4_K_M". imatrix: whether one weighed the rounding. measured, speed: None = not.
+
+    sizing: how it was made to fit a size; None: it has the types of llama.cpp's mixture.
+    """
 
     path: Path
     type: str
     imatrix: bool
     measured: Measured | None
     speed: Speed | None
+    sizing: "Sizing | None" = None
 
     @cached_property
     def file(self) -> GgufFile:
@@ -65,6 +70,27 @@ class Subject:
             count[t.type.name] += 1
             size[t.type.name] += t.nbytes
         return {name: (count[name], nbytes) for name, nbytes in size.most_common()}
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A file made to fit a size. kept: "allocation", or the stock mixture that was better on the held-out text.
+
+    budget: bytes. predicted: KLD by the model of sensitivities. gap: to the least that can be predicted, relative. ends: share
+    of embedding and output in the bytes. contenders: the files that were measured, compared: the allocation against the stock
+    mixture nearest in size, rounded plainly; None = not measured.
+    """
+
+    path: Path
+    kept: str
+    budget: int
+    predicted: float
+    gap: float
+    ends: float
+    contenders: tuple[Contender, ...]
+    compared: Paired | None
+    held_out: tuple[Used, ...]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
