@@ -266,9 +266,13 @@ def quantize(
         found = " and ".join(given) or "none"
         raise click.UsageError(f"give one of --type, --size, --bpw, --max-ram, --recipe; {found} was given.")
     wishes = [_wish(w) for w in tensor_types]
+    for name in ("output_type", "embedding_type"):
+        options[name] = options[name] and options[name].upper()
     if type is None and recipe is None:
-        if wishes or options["output_type"] or options["embedding_type"] or options["pure"] or options["allow_requantize"]:
-            raise click.UsageError("a size decides the type of every tensor: --types restricts what it may choose.")
+        if options["pure"] or options["allow_requantize"]:
+            raise click.UsageError("--pure and --allow-requantize are for types, not for sizes.")
+        ends = ((r"^token_embd\.weight$", options["embedding_type"]), (r"^output\.weight$", options["output_type"]))
+        sized["tensor_types"] = [*((pattern, wish) for pattern, wish in ends if wish), *wishes]
         _quantize_to_size(src, dst, sized, options["imatrix"], options["rounding"], threads, force, dry_run, as_json)
         return
     from .engine.child import started_early
@@ -276,8 +280,6 @@ def quantize(
     with started_early("cnq.engine.worker"):
         from .quantize import plan, quantize
 
-        for name in ("output_type", "embedding_type"):
-            options[name] = options[name] and options[name].upper()
         if recipe:
             type, options["rounding"], types, told = _of_recipe(src, recipe, options["imatrix"], options["rounding"])
             wishes += types
@@ -323,6 +325,7 @@ def _quantize_to_size(
         "imatrix": imatrix,
         "rounding": rounding,
         "types": sized["types"].split(",") if sized["types"] else (),
+        "tensor_types": sized["tensor_types"],
         "effort": sized["effort"],
         "repacked": repacked_here() if sized["prefer_repacked"] else None,
         "threads": threads,

@@ -127,6 +127,15 @@ def test_only_types_that_were_named_are_used(model):
         at(model, 5.0, types=("Q4_L",))
 
 
+def test_tensors_may_be_left_no_choice(model):
+    found = at(model, 5.0, tensor_types=((r"^token_embd\.", "Q6_K"), ("attn_v|token_embd", "Q5_K")))
+    assert found.types["token_embd.weight"] == "Q6_K"
+    assert {t for n, t in found.types.items() if "attn_v" in n} == {"Q5_K"}
+    assert 0.995 * found.budget <= found.nbytes <= found.budget
+    with pytest.raises(QuantizeError, match="no such tensor"):
+        at(model, 5.0, tensor_types=(("attn_w", "Q5_K"),))
+
+
 def test_coarse_types_are_for_small_sizes(model):
     file = GgufFile(model[0])
     assert "IQ3_S" in allowed_types((), int(3.2 * file.n_params / 8), file)
@@ -358,7 +367,7 @@ def test_one_way_to_say_how_small(model, tmp_path):
     for arguments, said in (
         ([], "none was given"),
         (["-t", "Q4_K_M", "--size", "2MB"], "--size and --type was given"),
-        (["--size", "2MB", "--pure"], "--types"),
+        (["--size", "2MB", "--pure"], "--pure"),
     ):
         result = CliRunner().invoke(cli, ["quantize", src, dst, *arguments])
         assert result.exit_code == 2

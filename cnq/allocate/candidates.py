@@ -1,7 +1,8 @@
 """Which types a tensor may become, how many bytes it then takes, and the bounds of what a file can be."""
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -70,6 +71,28 @@ def space(file: GgufFile, stock: Plan, allowed: Sequence[str], important: frozen
         taken += padded(t.nbytes, file.alignment)
         candidates[t.name] = _fitting(file.tensors[t.name], allowed, t.name in important)
     return Space(file, candidates, stock.nbytes - taken)
+
+
+def fixed(room: Space, wishes: Sequence[tuple[str, str]]) -> Space:
+    """The same where some tensors have no choice. wishes: (regular expression searched in the name, type); the first counts.
+
+    Raises QuantizeError for an expression that finds none of the tensors, and for a type that does not fit its rows.
+    """
+    candidates = dict(room.candidates)
+    for pattern, wish in reversed(wishes):
+        try:
+            names = [name for name in candidates if re.search(pattern, name)]
+        except re.error as error:
+            raise QuantizeError(f"--tensor-type {pattern}: not a regular expression ({error}).") from None
+        type = TYPE_BY_NAME.get(wish)
+        if not names or type is None:
+            raise QuantizeError(f"--tensor-type {pattern}={wish}: no such tensor among those quantized, or no such type.")
+        if bad := [name for name in names if room.file.tensors[name].shape[-1] % type.block]:
+            raise QuantizeError(
+                f"--tensor-type {pattern}={wish}: the rows of {listed(bad)} do not fill blocks of {type.block}."
+            )
+        candidates |= dict.fromkeys(names, (type,))
+    return replace(room, candidates=candidates)
 
 
 def _fitting(tensor: TensorInfo, allowed: Sequence[str], important: bool) -> tuple[TensorType, ...]:

@@ -77,6 +77,7 @@ def quantize_to_size(
     imatrix: Path | None = None,
     rounding: str | None = None,
     types: Sequence[str] = (),
+    tensor_types: Sequence[tuple[str, str]] = (),
     effort: str = "normal",
     repacked: frozenset[str] | None = None,
     threads: int = 0,
@@ -91,8 +92,8 @@ def quantize_to_size(
     if dst.exists() and not force:
         raise OutputExists(f"{dst} exists. Add --force to replace it, or name another output.")
     found = allocate(
-        src, budget, text, imatrix=imatrix, rounding=rounding, types=types, effort=effort, repacked=repacked, threads=threads,
-        progress=progress,
+        src, budget, text, imatrix=imatrix, rounding=rounding, types=types, tensor_types=tensor_types, effort=effort,
+        repacked=repacked, threads=threads, progress=progress,
     )  # fmt: skip
     dst.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()

@@ -15,7 +15,7 @@ from ..hessian_file import Statistics
 from ..imatrix_file import read_imatrix
 from ..quantize import Plan, anchored, plan, plans, statistics_for
 from . import knapsack
-from .candidates import Space, allowed_types, space
+from .candidates import Space, allowed_types, fixed, space
 from .groups import Part
 from .measure import EFFORTS, Progress, Sensitivities, Subject, Text, measure
 from .rounding import Compensating, Plain
@@ -76,6 +76,7 @@ def allocate(
     imatrix: Path | None = None,
     rounding: str | None = None,
     types: Sequence[str] = (),
+    tensor_types: Sequence[tuple[str, str]] = (),
     effort: str = "normal",
     repacked: frozenset[str] | None = None,
     threads: int = 0,
@@ -84,7 +85,8 @@ def allocate(
     """Find the types that lose least within a budget.
 
     text: to measure on, unlike what the imatrix was collected on. rounding: as quantize's. types: names of the candidates;
-    none = the usual ones. effort: a name of EFFORTS. repacked: the types that llama.cpp repacks here, which are then preferred.
+    none = the usual ones. tensor_types: (regular expression, type) of tensors that have no choice, as quantize's. effort: a
+    name of EFFORTS. repacked: the types that llama.cpp repacks here, which are then preferred.
     Raises what quantize raises, QuantizeError for a budget out of reach, CorpusError.
     """
     started = time.perf_counter()
@@ -93,9 +95,9 @@ def allocate(
     stock = plans(src, STOCK, imatrix=imatrix, rounding=rounding)
     importance = read_imatrix(imatrix).means() if imatrix else {}
     important = frozenset(importance)
-    first = space(file, stock[0], allowed_types(types, 0, file), important)
-    nbytes = budget.of(file, first.rest)
-    room = space(file, stock[0], allowed_types(types, nbytes, file), important)
+    rest = space(file, stock[0], allowed_types(types, 0, file), important).rest
+    nbytes = budget.of(file, rest)
+    room = fixed(space(file, stock[0], allowed_types(types, nbytes, file), important), tensor_types)
     nbytes = min(nbytes, room.limits[1]) if budget.clipped else nbytes
     room.require(nbytes)
     key = _key(file, imatrix, statistics)
