@@ -11,7 +11,7 @@ from test_quantize import write_imatrix
 
 from cnq.allocate import measure as measuring
 from cnq.allocate.candidates import allowed_types, space
-from cnq.allocate.gains import Prober, by_layer, gains
+from cnq.allocate.gains import Prober, by_part, gains
 from cnq.allocate.groups import Part, grouped, parts
 from cnq.allocate.measure import CACHE, EFFORTS, Sensitivities, text_of
 from cnq.allocate.recipe import Recipe, applied, read_recipe, write_recipe
@@ -183,17 +183,17 @@ def test_weights_are_overwritten_in_place_and_restored(model, tmp_path):
     with Prober(src, lambda m: TEXT.cut(m, 2), names, tmp_path, 1, 512) as prober:
         prober.read(16, lambda done, total: None)
         assert prober.uses("token_embd.weight") == {LOOKUP, PRODUCT}
-        nothing = prober.kld({}, plain)
+        nothing = prober.kld({}, plain, 2)
         assert nothing.value == pytest.approx(0, abs=1e-6)
         blocks = {Part(n, PRODUCT): TYPE_BY_NAME["Q2_K"] for n in names if n.startswith("blk.")}
-        assert prober.kld(blocks, plain).value > 1e-3
-        assert prober.kld({}, plain) == nothing, "weights were not restored"
+        assert prober.kld(blocks, plain, 2).value > 1e-3
+        assert prober.kld({}, plain, 2) == nothing, "weights were not restored"
         ends = [Part("token_embd.weight", use) for use in (LOOKUP, PRODUCT)]
-        apart = [prober.kld({end: TYPE_BY_NAME["Q2_K"]}, plain).value for end in ends]
-        both = prober.kld(dict.fromkeys(ends, TYPE_BY_NAME["Q2_K"]), plain).value
+        apart = [prober.kld({end: TYPE_BY_NAME["Q2_K"]}, plain, 2).value for end in ends]
+        both = prober.kld(dict.fromkeys(ends, TYPE_BY_NAME["Q2_K"]), plain, 2).value
         assert min(apart) > 0
         assert both == pytest.approx(sum(apart), rel=0.3), "the two uses of tied embeddings add up"
-        assert prober.kld({}, plain) == nothing
+        assert prober.kld({}, plain, 2) == nothing
         stored = prober.rounded("blk.0.ffn_down.weight", q8, plain)
     tensor = file.tensor("blk.0.ffn_down.weight")
     values = tensor.data.astype(np.float32)
@@ -216,10 +216,11 @@ def test_errors_are_those_of_the_outputs(model):
         type,
         np.empty(values.size, np.float32),
     )
-    assert found.weight == pytest.approx(np.square(x @ (near - values).T).sum() / 50, rel=1e-4)
+    power = np.square(x @ values.T).sum()
+    assert found.weight == pytest.approx(np.square(x @ (near - values).T).sum() / power, rel=1e-4)
     scale = np.abs(x).max(1, keepdims=True) / 127
     coarse = np.rint(x / scale) * scale  # block_q8_K: one scale for 256 numbers
-    assert found.output == pytest.approx(np.square(coarse @ near.T - x @ values.T).sum() / 50, rel=0.02)
+    assert found.output == pytest.approx(np.square(coarse @ near.T - x @ values.T).sum() / power, rel=0.02)
     assert np.abs(rows.rounded_inputs(x, type) - coarse).max() <= scale.max() * 1.01
 
 
@@ -244,11 +245,18 @@ def test_each_third_keeps_its_divergence_when_gains_follow_the_depth():
     measured = {g: Estimate(10.0**-k, 0.0) for k, g in enumerate(groups)}
     errors = {p: 1.0 + i for i, p in enumerate(p for ps in groups.values() for p in ps)}
     totals = {g: sum(errors[p] for p in ps) for g, ps in groups.items()}
-    found = by_layer(gains(measured, totals), groups, errors)
+    own = gains(measured, totals)
+    found = by_part(own, groups, errors, {})
     for g, ps in groups.items():
         assert sum(found[p] * errors[p] for p in ps) == pytest.approx(measured[g].value)
     values = [found[Part(n, PRODUCT)] for n in names]
     assert values == sorted(values, reverse=True)
+    layers = {i: Estimate(1.0 + i % 3, 0.1) for i in range(9)}  # of several roles together; only the proportions count
+    fitted = by_part(own, groups, errors, layers)
+    for g, ps in groups.items():
+        assert sum(fitted[p] * errors[p] for p in ps) == pytest.approx(measured[g].value)
+        losses = [fitted[p] * errors[p] for p in ps]
+        assert losses == pytest.approx([losses[0], 2 * losses[0], 3 * losses[0]])
 
 
 def test_tied_embeddings_count_twice_in_loss_and_once_in_bytes(model, gguf):

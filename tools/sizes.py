@@ -3,7 +3,7 @@
     python tools/reference_model.py /tmp/ref/wide-F16.gguf
     python tools/sizes.py /tmp/ref/wide-F16.gguf --write
 
-For the size of each mixture: the mixture, rounded plainly, and what `cnq quantize --size` makes with the same importance matrix.
+For the size of each mixture: the mixture, rounded plainly, and what `cnq quantize --size` makes with the same imatrix.
 Calibrates on cnq's own Chinese and English texts, and measures on texts of other kinds: buyers' reviews and licences. What is
 there beside the float model is used again, also by tools/rounding.py. --blocks adds files whose embedding and output have the
 mixture's types: what is gained in the blocks alone. --write puts the table into docs/benchmarks.md.

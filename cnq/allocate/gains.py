@@ -1,7 +1,8 @@
 """What an error costs: groups of tensors are rounded in the loaded model, one after the other, and the divergence is read.
 
 For small changes of the logits KLD ≈ ½ δᵀFδ, so that a group's divergence is proportional to the mean square of its outputs'
-errors: KLD = g · E. The gain g is measured: g = KLD / ΣE(q) with the group's tensors rounded to q in place, in memory.
+errors: KLD = g · E. The gain g is measured: g = KLD / ΣE(q) with the group's tensors rounded to q in place, in memory. Groups
+are roles by thirds of the depth, and beside them whole layers, which tell how the gain changes within a third.
 """
 
 import threading
@@ -31,6 +32,7 @@ from .rounding import Rounding, decoded
 from .samples import Sampler
 
 _ROWS = 1 << 18  # elements rounded at once
+_TURNS = 50  # of the fit, which settles in a few
 
 
 class Prober(AbstractContextManager["Prober"]):
@@ -86,17 +88,17 @@ class Prober(AbstractContextManager["Prober"]):
         self._base = LogitsFile(self._scratch)
         return sampler.inputs()
 
-    def kld(self, rounded: Mapping[Part, TensorType], rounding: Rounding) -> Estimate:
+    def kld(self, rounded: Mapping[Part, TensorType], rounding: Rounding, n_chunks: int) -> Estimate:
         """The divergence from the float model while these parts are rounded: mean and standard error, nats.
 
-        Both ends of a tied embedding can be rounded apart.
+        n_chunks: of the text, the first so many. Both ends of a tied embedding can be rounded apart.
         """
         if not self._base:
             raise EngineError("the float model has not read the text yet. Please report it.")
         with self._weights.restored({part.tensor for part in rounded if part.use == PRODUCT}):
             for part, type in sorted(rounded.items(), key=lambda item: item[0].use == LOOKUP):  # tables come last, and stay
                 self._lay(part, type, rounding, apart=len(self.uses(part.tensor)) > 1)
-            return self._measured()
+            return self._measured(n_chunks)
 
     def _lay(self, part: Part, type: TensorType, rounding: Rounding, apart: bool) -> None:
         tensor = self.file.tensor(part.tensor)
@@ -131,9 +133,9 @@ class Prober(AbstractContextManager["Prober"]):
             list(pool.map(work, places))
         return out
 
-    def _measured(self) -> Estimate:
+    def _measured(self, n_chunks: int) -> Estimate:
         assert self._base
-        tokens, n = self.chunks.tokens, n_scored(self._n_ctx)
+        tokens, n = self.chunks.tokens[:n_chunks], n_scored(self._n_ctx)
         scores = Scores(len(tokens), n)
         base = self._base
 
@@ -184,29 +186,55 @@ def gains(measured: Mapping[str, Estimate], errors: Mapping[str, float]) -> dict
     return found | {g: Gain(0.0, 0.0, 0.0) for g in measured if g not in found}
 
 
-def by_layer(
-    found: Mapping[str, Gain], groups: Mapping[str, Sequence[Part]], errors: Mapping[Part, float]
+def by_part(
+    found: Mapping[str, Gain],
+    groups: Mapping[str, Sequence[Part]],
+    errors: Mapping[Part, float],
+    layers: Mapping[int, Estimate],
 ) -> dict[Part, float]:
-    """Part -> gain. Within a role the gain changes with the depth, by tens of times from the first layers to the last: it is
-    interpolated between the middles of the thirds, in logarithms, and scaled so that each third keeps the divergence measured.
+    """Part -> gain. Within a role it is interpolated between the middles of the thirds, in logarithms; then fitted to the
+    layers measured, by turns with the groups (iterative proportional fitting, Deming and Stephan 1940), so that the sum over
+    a layer's parts is in proportion to what was measured of it, and the sum over a group's is what was measured.
 
-    errors: of each part when the gains were measured.
+    errors: of each part when the gains were measured. layers: divergences of whole layers; none = interpolation alone.
     """
+    out = _interpolated(found, groups)
+    blocks = [[p for p in parts if layer_of(p) is not None and out[p] > 0 and errors[p] > 0] for parts in groups.values()]
+    targets = [found[g].value * sum(errors[p] for p in parts) for g, parts in groups.items()]
+    own: dict[int, list[Part]] = {}
+    for part in (p for parts in blocks for p in parts):
+        own.setdefault(layer_of(part) or 0, []).append(part)
+    measured = {layer: k for layer, k in layers.items() if k.value > 0 and layer in own}
+    for _ in range(_TURNS if measured else 1):
+        total = sum(out[p] * errors[p] for layer in measured for p in own[layer])
+        scale = total / sum(k.value for k in measured.values()) if measured else 1.0
+        for layer, k in measured.items():
+            _rescale(out, own[layer], errors, k.value * scale)
+        for parts, target in zip(blocks, targets, strict=True):
+            _rescale(out, parts, errors, target)
+    return out
+
+
+def _interpolated(found: Mapping[str, Gain], groups: Mapping[str, Sequence[Part]]) -> dict[Part, float]:
     middles: dict[str, list[tuple[float, float]]] = {}
     for group, parts in groups.items():
-        layers = [layer_of(part) for part in parts]
-        if found[group].value > 0 and None not in layers:
-            middles.setdefault(role_of(group), []).append((float(np.mean(layers)), float(np.log(found[group].value))))  # type: ignore[arg-type]
+        depths = [layer for part in parts if (layer := layer_of(part)) is not None]
+        if found[group].value > 0 and depths:
+            middles.setdefault(role_of(group), []).append((float(np.mean(depths)), float(np.log(found[group].value))))
     out: dict[Part, float] = {}
     for group, parts in groups.items():
         curve = sorted(middles.get(role_of(group), []))
-        value = found[group].value
-        if value <= 0 or len(curve) < 2:
-            out |= dict.fromkeys(parts, value)
-            continue
-        at, log = zip(*curve, strict=True)
-        shape = {part: float(np.exp(np.interp(layer_of(part) or 0, at, log))) for part in parts}
-        total = sum(shape[part] * errors[part] for part in parts)
-        scale = value * sum(errors[part] for part in parts) / total if total else 1.0
-        out |= {part: shape[part] * scale for part in parts}
+        for part in parts:
+            layer = layer_of(part)
+            if found[group].value > 0 and layer is not None and len(curve) > 1:
+                out[part] = float(np.exp(np.interp(layer, [at for at, _ in curve], [log for _, log in curve])))
+            else:
+                out[part] = found[group].value
     return out
+
+
+def _rescale(gains: dict[Part, float], parts: Sequence[Part], errors: Mapping[Part, float], target: float) -> None:
+    """Have the parts' divergences sum up to the target."""
+    total = sum(gains[p] * errors[p] for p in parts)
+    for part in parts if total > 0 else ():
+        gains[part] *= target / total

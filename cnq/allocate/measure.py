@@ -20,8 +20,8 @@ from ..gguf_file import TYPE_BY_NAME, GgufFile, TensorType
 from ..machine import physical_cores
 from ..scores import Estimate
 from .candidates import beside
-from .gains import Prober, by_layer, gains
-from .groups import Part, grouped
+from .gains import Prober, by_part, gains
+from .groups import Part, grouped, layer_of
 from .rounding import Compensating, Plain, decoded
 from .samples import tokens_kept
 from .scan import Error, Errors, extrapolated, scan
@@ -42,20 +42,22 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured. chunks: of text that each group is probed on. rows: of each matrix. tokens: inputs kept of it.
+    """How much is measured. chunks: of text that each group is probed on. layer_chunks: that each layer is; 0 = layers are not.
+    rows: of each matrix. tokens: inputs kept of it.
 
     every: whether compensated rounding is tried on all tensors, or on one of each group.
     """
 
     name: str
     chunks: int
+    layer_chunks: int
     rows: int
     tokens: int
     every: bool
 
 
-EFFORTS = {e.name: e for e in (Effort("fast", 2, 64, 128, False), Effort("normal", 6, 128, 256, False),
-                               Effort("thorough", 16, 256, 512, True))}  # fmt: skip
+EFFORTS = {e.name: e for e in (Effort("fast", 2, 0, 64, 128, False), Effort("normal", 6, 2, 128, 256, False),
+                               Effort("thorough", 16, 8, 256, 512, True))}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,20 +84,22 @@ def text_of(sources: Sequence[Source], skip: int, parse_special: bool = False) -
 
 @dataclass
 class Sensitivities:
-    """errors: of each part in each type. klds: group -> its divergence when rounded to its reference type, plainly.
+    """errors: of each part in each type. klds: group -> its divergence when rounded to its reference type, plainly; layers: of
+    whole layers.
 
     references: part -> plain error of its weights alone in that type. seconds: of each stage, when it was measured.
     """
 
     errors: Errors = field(default_factory=dict)
     klds: dict[str, Estimate] = field(default_factory=dict)
+    layers: dict[int, Estimate] = field(default_factory=dict)
     references: dict[Part, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     def gains(self, groups: Mapping[str, Sequence[Part]]) -> dict[Part, float]:
         """Part -> KLD per error."""
         totals = {g: sum(self.references[part] for part in parts) for g, parts in groups.items()}
-        return by_layer(gains(self.klds, totals), groups, self.references)
+        return by_part(gains(self.klds, totals), groups, self.references, self.layers)
 
     def lacks(self, wanted: Mapping[Part, Sequence[TensorType]]) -> dict[Part, list[TensorType]]:
         missing = {part: [t for t in types if t.name not in self.errors.get(part, {})] for part, types in wanted.items()}
@@ -127,9 +131,10 @@ def measure(
     wanted = {part: list(subject.candidates[part.tensor]) for parts in groups.values() for part in parts}
     missing = known.lacks(wanted)
     unknown = [g for g in groups if g not in known.klds]
-    if missing or unknown:
-        _Work(subject, file, groups, text, effort, threads or physical_cores(), progress).run(known, missing, unknown)
-        cache.save(known)
+    work = _Work(subject, file, groups, text, effort, threads or physical_cores(), progress)
+    layers = {layer: parts for layer, parts in work.layers().items() if layer not in known.layers}
+    if missing or unknown or layers:
+        work.run(known, missing, unknown, layers, lambda: cache.save(known))
     return known, groups
 
 
@@ -147,22 +152,43 @@ class _Work:
         fitting = [t for t in (TYPE_BY_NAME[n] for n in _REFERENCE) if columns % t.block == 0]
         return fitting[0] if fitting else self.file.tensors[name].type
 
-    def run(self, known: Sensitivities, missing: dict[Part, list[TensorType]], unknown: list[str]) -> None:
+    def layers(self) -> dict[int, dict[Part, TensorType]]:
+        """Layer -> its parts, and the types that they are rounded to when it is measured; none where layers are not."""
+        if not self.effort.layer_chunks:
+            return {}
+        found: dict[int, dict[Part, TensorType]] = {}
+        for group, parts in self.groups.items():
+            for part in parts:
+                if (layer := layer_of(part)) is not None:
+                    found.setdefault(layer, {})[part] = self.reference[group]
+        return dict(sorted(found.items()))
+
+    def run(
+        self, known: Sensitivities, missing: dict[Part, list[TensorType]], unknown: list[str],
+        layers: dict[int, dict[Part, TensorType]], keep: Callable[[], object],
+    ) -> None:  # fmt: skip
+        """Measure what is missing; `keep` is called whenever more is known."""
         effort, names = self.effort, list(self.subject.candidates)
         with tempfile.TemporaryDirectory(prefix=".cnq-", dir=self.subject.gguf.parent) as scratch:
             cut = lambda model: self.text.cut(model, effort.chunks)  # noqa: E731
             with Prober(self.subject.gguf, cut, names, Path(scratch), self.threads, N_CTX) as prober:
-                self.progress.say(self._expected(prober, missing, unknown))
+                self.progress.say(self._expected(prober, missing, unknown, len(layers)))
                 per_chunk = max(1, tokens_kept(self.file, names, effort.tokens) // effort.chunks)
                 with self._timed(known, "reading", "chunks") as tick:
                     inputs = prober.read(per_chunk, tick)
                 with self._timed(known, "error model", "tensors") as tick:
                     self._scan(known, missing, unknown, inputs, prober.chunks.tokens, tick)
+                    keep()
                 with self._timed(known, "sensitivities", "groups") as tick:
                     for i, group in enumerate(unknown, 1):
                         rounded = dict.fromkeys(self.groups[group], self.reference[group])
-                        known.klds[group] = prober.kld(rounded, self.subject.plain)
-                        tick(i, len(unknown))
+                        known.klds[group] = prober.kld(rounded, self.subject.plain, effort.chunks)
+                        keep()
+                        tick(i, len(unknown) + len(layers))
+                    for i, (layer, rounded) in enumerate(layers.items(), len(unknown) + 1):
+                        known.layers[layer] = prober.kld(rounded, self.subject.plain, effort.layer_chunks)
+                        keep()
+                        tick(i, len(unknown) + len(layers))
 
     def _timed(self, known: Sensitivities, stage: str, unit: str) -> AbstractContextManager[Callable[[int, int], object]]:
         return _Timed(known.seconds, stage, self.progress.bar(stage, unit))
@@ -191,7 +217,7 @@ class _Work:
         for part, types in missing.items():
             known.errors.setdefault(part, {}).update({t.name: found[part][t.name] for t in types})
 
-    def _expected(self, prober: Prober, missing: dict[Part, list[TensorType]], unknown: list[str]) -> str:
+    def _expected(self, prober: Prober, missing: dict[Part, list[TensorType]], unknown: list[str], n_layers: int) -> str:
         """How long it will take, from the speeds of this machine: a chunk read, and a few rows rounded to each type."""
         chunk = prober.seconds_per_chunk()
         speeds = self._speeds({t for types in missing.values() for t in types} | set(self.reference.values()))
@@ -201,12 +227,14 @@ class _Work:
         )
         weights = {g: sum(self.file.tensors[p.tensor].n_elements for p in self.groups[g]) for g in unknown}
         laid = sum(n / speeds[self.reference[g].name] for g, n in weights.items())
-        seconds = chunk * self.effort.chunks * (1 + len(unknown)) + (2 * scanned + laid) / self.threads
+        passes = self.effort.chunks * (1 + len(unknown)) + self.effort.layer_chunks * n_layers
+        again = laid if n_layers else 0.0  # all of them a second time
+        seconds = chunk * passes + (2 * scanned + laid + again) / self.threads
         if isinstance(self.subject.rounding, Compensating):
             seconds += self._compensating(missing)
         return (
             f"measuring how sensitive {self.subject.gguf.name} is takes about {minutes(seconds)} ({self.effort.name}: "
-            f"{len(unknown)} groups on {self.effort.chunks} chunks of {chunk:.1f} s)"
+            f"{len(unknown)} groups and {n_layers} layers, {passes} chunks of {chunk:.1f} s)"
         )
 
     def _speeds(self, types: Iterable[TensorType]) -> dict[str, float]:
@@ -280,7 +308,8 @@ class _Cache:
             }
             klds = {g: Estimate(*pair) for g, pair in kept["klds"].items()}
             references = {Part(e["tensor"], e["use"]): e["reference"] for e in kept["errors"]}
-            return Sensitivities(errors, klds, references, dict(kept["seconds"]))
+            layers = {int(layer): Estimate(*pair) for layer, pair in kept["layers"].items()}
+            return Sensitivities(errors, klds, layers, references, dict(kept["seconds"]))
         except (KeyError, TypeError, ValueError, AttributeError):
             return Sensitivities()
 
@@ -292,6 +321,7 @@ class _Cache:
                 for part, errors in known.errors.items()
             ],
             "klds": {g: (k.value, k.error) for g, k in known.klds.items()},
+            "layers": {str(layer): (k.value, k.error) for layer, k in known.layers.items()},
             "seconds": known.seconds,
         }
         content = self._all() | {self.key: kept}

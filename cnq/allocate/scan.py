@@ -1,8 +1,9 @@
-"""The error model: how far each tensor's outputs move when it is rounded to each type.
+"""The error model: how far each tensor's outputs move when it is rounded to each type, for their own size.
 
-For a matrix, E = n · mean ‖Ŵx̂ − Wx‖² over sampled rows (n in all) and inputs x that calibration's statistics did not see: the
-rows are rounded as the final run rounds them, and x̂ is x as llama.cpp rounds it for that type on this processor, so that a
-type is charged for both. For a table that is looked up, E = mean ‖ê‖² over the tokens of the text.
+For a matrix, E = Σ‖Ŵx̂ − Wx‖² / Σ‖Wx‖² over sampled rows and inputs x that calibration's statistics did not see: the rows are
+rounded as the final run rounds them, and x̂ is x as llama.cpp rounds it for that type on this processor, so that a type is
+charged for both. For a table that is looked up, E = Σ‖ê‖² / Σ‖w‖² over the tokens of the text. Layers scale their outputs
+by many times, and each norm after them scales back: relative errors are alike in what they do, absolute ones are not.
 """
 
 import zlib
@@ -22,7 +23,7 @@ from .rounding import Rounding, decoded
 
 @dataclass(frozen=True)
 class Error:
-    """weight: what the rounding of the weights alone does to the output, output: with that of the inputs. Mean squares."""
+    """weight: what the rounding of the weights alone does to the output, output: with that of the inputs. Squares, relative."""
 
     weight: float
     output: float
@@ -77,7 +78,8 @@ def _multiplied(
     file: GgufFile, name: str, types: Sequence[TensorType], x: np.ndarray, rounding: Rounding, n_rows: int
 ) -> dict[str, Error]:
     sampled = _sampled(file, name, n_rows)
-    height = prod(file.tensors[name].shape[:-1])
+    exact = [values @ x.T for _, values in sampled]
+    power = sum(map(_squares, exact)) or 1.0
     rounded: dict[int, np.ndarray] = {}  # inputs, by the form that the type asks for
     found = {}
     for type in types:
@@ -85,12 +87,11 @@ def _multiplied(
         if form.id not in rounded:
             rounded[form.id] = rows.rounded_inputs(x, type)
         weight, output = 0.0, 0.0
-        for matrix, values in sampled:
+        for (matrix, values), outputs in zip(sampled, exact, strict=True):
             near = decoded(rounding.encoded(name, matrix, values, type), type, values.shape[1])
             weight += _squares((near - values) @ x.T)
-            output += _squares(near @ rounded[form.id].T - values @ x.T)
-        scale = height / sum(len(values) for _, values in sampled) / len(x)
-        found[type.name] = Error(weight * scale, output * scale)
+            output += _squares(near @ rounded[form.id].T - outputs)
+        found[type.name] = Error(weight / power, output / power)
     return found
 
 
@@ -103,11 +104,12 @@ def _looked_up(
     chosen = random.permutation(tokens.ravel())[: 4 * n_rows]
     ids, counts = np.unique(chosen, return_counts=True)
     values = decoded(table.rows()[ids], table.type, table.shape[-1])
+    power = float(counts @ np.square(values).sum(1, dtype=np.float64)) or 1.0
     found = {}
     for type in types:
         near = decoded(rounding.encoded(name, 0, values, type), type, values.shape[1])
-        mean = float(counts @ np.square(near - values).sum(1, dtype=np.float64)) / len(chosen)
-        found[type.name] = Error(mean, mean)
+        error = float(counts @ np.square(near - values).sum(1, dtype=np.float64)) / power
+        found[type.name] = Error(error, error)
     return found
 
 
