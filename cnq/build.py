@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from . import catalog, corpus
-from .allocate.gate import Contender, quantize_to_size
 from .allocate.measure import text_of
 from .allocate.search import Budget
 from .checkpoint.meta_tokenizer import folder_of
@@ -21,13 +19,14 @@ from .engine.model import Model
 from .engine.quantizer import Outcome
 from .evaluate import evaluate
 from .files import require_memory, require_space
+from .fitting import FRONTIER, Fitting, fit, frontier_sizes, name_of
 from .gguf_file import GgufFile
 from .hessian_file import beside, is_complete, manifest_path
 from .imatrix import collect
 from .machine import this_machine
 from .ollama import write_modelfile
-from .paired import Interval, Paired, compare
-from .quantize import ALIASES, plans, quantize
+from .paired import Paired, compare
+from .quantize import ALIASES, quantize
 from .report import Compensation, Report, Sizing, Subject, write_report
 from .speed import measure_speed
 from .steps import Done, Progress, files_of, named, record_path, step, versions
@@ -36,7 +35,6 @@ from .to_hf import to_hf
 
 _ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes nothing in these
 _DOMAIN_SHARE = 4  # of the chunks that a build measures on, each text unlike the calibration's gets a quarter more
-FRONTIER = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")  # whose sizes a frontier is made of
 N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
 
 
@@ -121,8 +119,9 @@ def build(
         calibrated = _calibrated(float_gguf, imatrix, chunks, rounding, hessian_memory, threads, progress)
     for type in dict.fromkeys([*types, *(FRONTIER if frontier else ())]):
         made.append(_quantized(float_gguf, calibrated, folder, entry.title, type, rounding, threads, progress))
-    for one in [*(_frontier(float_gguf, calibrated, rounding) if frontier else []), *([budget] if budget else [])]:
-        made.append(_sized(float_gguf, calibrated, folder, entry.title, one, rounding, effort, eval_chunks, threads, progress))
+    sizes = frontier_sizes(float_gguf, calibrated.path if calibrated else None, rounding) if frontier else []
+    budgets = [*sizes, *([budget] if budget else [])]
+    made += _fitted(float_gguf, calibrated, folder, entry.title, budgets, rounding, effort, eval_chunks, threads, progress)
     modelfile = write_modelfile(made[-1].path, folder / "Modelfile", format=format, force=True)
     for note in modelfile.notes:
         progress.say(note)
@@ -339,81 +338,34 @@ def _quantized(
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes, outcomes)
 
 
-def _frontier(src: Path, calibrated: _Calibrated | None, rounding: str) -> list[Budget]:
-    imatrix = calibrated.path if calibrated else None
-    return [Budget(p.nbytes) for p in plans(src, FRONTIER, imatrix=imatrix, rounding=rounding if imatrix else "plain")]
-
-
-def _sized(
+def _fitted(
     src: Path,
     calibrated: _Calibrated | None,
     folder: Path,
     title: str,
-    budget: Budget,
+    budgets: Sequence[Budget],
     rounding: str,
     effort: str,
     n_chunks: int,
     threads: int,
     progress: Progress,
-) -> Made:
-    """The best file of a size, or of so many bits per weight; judged on texts unlike the calibration's."""
+) -> list[Made]:
+    """A file for each budget, judged on texts unlike the calibration's."""
     imatrix = calibrated.path if calibrated else None
-    rounding = rounding if imatrix else "plain"
-    name = f"{budget.nbytes / 1e6:.0f}MB" if budget.nbytes else f"{budget.bits:g}bpw"
-    dst = folder / f"{title}-{name}{'-im' if imatrix else ''}.gguf"
     judged = max(2, n_chunks // 2) if n_chunks else 0
-
-    def work() -> Done:
-        used = sum(u.chunks for u in calibrated.manifest) if calibrated else 0
-        found = quantize_to_size(
-            src,
-            dst,
-            budget,
-            text_of(calibration_texts(), used),
-            _text(unlike_texts(), "held-out", judged) if judged else None,
-            imatrix=imatrix,
-            rounding=rounding,
-            effort=effort,
-            threads=threads,
-            force=True,
-            progress=progress,
-        )
-        facts = {
-            "kept": found.kept,
-            "budget": found.allocation.budget,
-            "predicted": found.allocation.predicted,
-            "gap": found.allocation.gap,
-            "ends": found.allocation.ends,
-            "contenders": [asdict(c) for c in found.contenders],
-            "compared": asdict(found.compared) if found.compared else None,
-            "held_out": [asdict(u) for u in found.held_out],
-            "seconds": found.seconds,
-        }
-        return Done(found.notes, facts)
-
-    inputs = named(src, imatrix) if imatrix else named(src)
-    if imatrix and rounding == "compensated":
-        inputs |= {"second moments": manifest_path(beside(imatrix))}
-    options = {"budget": asdict(budget), "rounding": rounding, "effort": effort, "judged": judged}
-    seconds, done = step(dst, inputs, options, work, progress)
-    bits = GgufFile(dst).bits_per_weight
-    type = f"{bits:.2f} bpw" if done.facts["kept"] == "allocation" else done.facts["kept"]
-    return Made(dst, type, bits, dst.stat().st_size, seconds, done.notes, (), _sizing(dst, done.facts))
-
-
-def _sizing(path: Path, facts: dict[str, Any]) -> Sizing:
-    compared = facts["compared"]
-    if compared:
-        compared = Paired(**compared | {key: Interval(**compared[key]) for key in ("kld", "median", "top")})
-    return Sizing(
-        path=path,
-        kept=facts["kept"],
-        budget=facts["budget"],
-        predicted=facts["predicted"],
-        gap=facts["gap"],
-        ends=facts["ends"][0],
-        contenders=tuple(Contender(**c) for c in facts["contenders"]),
-        compared=compared,
-        held_out=tuple(Used(**u) for u in facts["held_out"]),
-        seconds=facts["seconds"],
+    fitting = Fitting(
+        imatrix=imatrix,
+        text=text_of(calibration_texts(), sum(u.chunks for u in calibrated.manifest) if calibrated else 0),
+        rounding=rounding if imatrix else "plain",
+        effort=effort,
+        held_out=_text(unlike_texts(), "held-out", judged) if judged else None,
+        judged=judged,
     )
+    made = []
+    for budget in budgets:
+        dst = folder / f"{title}-{name_of(budget)}{'-im' if imatrix else ''}.gguf"
+        seconds, done, sizing = fit(src, dst, budget, fitting, threads, progress)
+        bits = GgufFile(dst).bits_per_weight
+        type = f"{bits:.2f} bpw" if sizing.kept == "allocation" else sizing.kept
+        made.append(Made(dst, type, bits, dst.stat().st_size, seconds, done.notes, (), sizing))
+    return made

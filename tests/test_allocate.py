@@ -17,7 +17,7 @@ from cnq.allocate.measure import CACHE, EFFORTS, Sensitivities, text_of
 from cnq.allocate.recipe import Recipe, applied, read_recipe, write_recipe
 from cnq.allocate.rounding import Plain
 from cnq.allocate.scan import Error, scan
-from cnq.allocate.search import Budget, allocate
+from cnq.allocate.search import Budget, allocate, repacked_here
 from cnq.cli import cli
 from cnq.corpus import Source
 from cnq.engine import rows
@@ -25,6 +25,7 @@ from cnq.engine.weights import LOOKUP, PRODUCT
 from cnq.errors import QuantizeError
 from cnq.files import sha256
 from cnq.gguf_file import TYPE_BY_NAME, GgufFile
+from cnq.machine import instructions
 from cnq.quantize import anchored, plan, quantize
 from cnq.scores import Estimate
 from cnq.terminal import Progress
@@ -149,6 +150,14 @@ def test_repacked_types_are_preferred(model, found):
     count = [sum(t in ("Q4_K", "Q2_K") for t in a.types.values()) for a in (found, fast)]
     assert count[1] >= count[0]
     assert fast.nbytes <= fast.budget
+
+
+def test_what_llama_cpp_repacks_is_asked_of_ggml():
+    """Which these are is the processor's; a type that nothing rearranges on any is none of them."""
+    assert repacked_here() <= {"Q4_0", "Q4_K", "Q5_K", "Q6_K", "Q2_K", "IQ4_NL", "MXFP4", "Q8_0", "Q1_0"}
+    flags = instructions() or ()
+    if "AVX2" in flags:
+        assert {"Q4_0", "Q4_K", "IQ4_NL"} <= repacked_here()
 
 
 # Measuring

@@ -14,7 +14,7 @@ ORDER = [
     "logits_file", "prompts", "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf",
     "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired", "allocate",
     "choices", "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params", "sessions",
-    "chat_terminal", "answer", "slots", "serve", "web", "ollama", "steps", "build", "terminal",
+    "chat_terminal", "answer", "slots", "serve", "web", "ollama", "steps", "fitting", "build", "terminal",
     "doctor_text", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],

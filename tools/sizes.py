@@ -16,8 +16,8 @@ from typing import Any
 import click
 from rounding import FILE, PAGE, Ran, calibrated, cnq, header, measured, once, rounded, row
 
-from cnq.build import FRONTIER
 from cnq.evaluate import Evaluation
+from cnq.fitting import FRONTIER
 from cnq.gguf_file import GgufFile
 from cnq.paired import compare
 from cnq.quantize import plans
