@@ -7,6 +7,8 @@ Chinese alone, compensated rounding hardly gained on English.
 import hashlib
 import random
 import re
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
 
@@ -15,12 +17,23 @@ from .errors import CorpusError
 
 _LICENSED = ("matplotlib", "numpy", "pillow")  # the packages with the longest licence texts among those cnq needs
 _LICENCE = re.compile(r"licen[sc]e|copying|notice", re.IGNORECASE)
+_NAME = re.compile(r"[\w.-]+")
+_MOST = 12_000  # characters of a package's description: what comes after is a list of changes as a rule
 _LEAST = 200  # characters of a paragraph of a licence, and of a review two fifths of that: shorter ones are names and remarks
 
 
 def calibration_texts() -> list[Source]:
-    """Three parts of Chinese newspaper to two of English technical prose."""
-    return [peoples_daily("calibration", 3.0), python_reference("calibration", 2.0)]
+    """Half Chinese newspaper, half English: a language reference, and what packages say of themselves.
+
+    Their documents are shuffled: of a long text the beginning is used, and the first days of a newspaper are all alike.
+    """
+    return [_shuffled(s) for s in (peoples_daily("calibration", 2.0), python_reference("calibration"), descriptions())]
+
+
+def _shuffled(source: Source) -> Source:
+    documents = list(source.documents)
+    random.Random(0).shuffle(documents)
+    return replace(source, documents=tuple(documents))
 
 
 def unlike_texts() -> list[Source]:
@@ -37,6 +50,29 @@ def python_reference(split: Split, weight: float = 1.0) -> Source:
     pages = [topics[name].strip() for name in sorted(topics)]
     kept = tuple(page for page in pages if split_of(page) == split)
     return Source("Python language reference (pydoc)", _digest(pages), kept, weight)
+
+
+def descriptions(weight: float = 1.0) -> Source:
+    """What the packages that cnq needs say of themselves, the beginning of each: English, for readers. Raises CorpusError."""
+    found = {name: about[:_MOST] for name, about in sorted(_needed()) if len(about) >= _LEAST}
+    if not found:
+        raise CorpusError("no package that cnq needs has a description. Name text files.")
+    return Source("descriptions of packages", _digest(list(found.values())), tuple(found.values()), weight)
+
+
+def _needed() -> Iterator[tuple[str, str]]:
+    """(name, description) of the packages that cnq cannot do without, and of those that they cannot."""
+    waiting, seen = ["cnq"], {"cnq"}
+    while waiting:
+        try:
+            package = distribution(waiting.pop())
+        except PackageNotFoundError:
+            continue  # for another system
+        names = [m[0].lower() for need in package.requires or () if "extra ==" not in need and (m := _NAME.match(need))]
+        waiting += set(names) - seen
+        seen |= set(names)
+        if package.name != "cnq":
+            yield package.name, str(package.metadata.json.get("description", "")).strip()
 
 
 def reviews() -> Source:

@@ -52,7 +52,7 @@ def decoded(data: np.ndarray, type: TensorType, d: int = D) -> np.ndarray:
 def test_the_output_changes_less_on_rows_that_were_held_back(name, hessian, weights):
     type = TYPE_BY_NAME[name]
     importance = np.ascontiguousarray(np.diag(hessian.fit)) / hessian.n_fit
-    found = compensate.compensate(weights, type, importance, hessian, dampings=(0.01,))
+    found = compensate.compensate(weights, type, importance, hessian, dampings=(0.03,), orders=(False,))
     assert found.kept
     x = inputs(1024, 2)  # the held-back ones themselves
     loss, loss_plain = (
@@ -65,8 +65,8 @@ def test_the_output_changes_less_on_rows_that_were_held_back(name, hessian, weig
 
 
 def test_feedback_against_every_rounding_there_is():
-    """Six inputs that are not zero, in one block of Q3_K: 8^6 roundings for each row, with the scales that ggml gives."""
-    type, live = TYPE_BY_NAME["Q3_K"], np.arange(3, 256, 45)
+    """Six inputs that are not zero, in one group of Q3_K: 8^6 roundings for each row, with the scales that ggml gives."""
+    type, live = TYPE_BY_NAME["Q3_K"], np.arange(64, 76, 2)
     form = codes.form(type)
     random = np.random.default_rng(5)
     x = np.zeros((64, 256), np.float32)
@@ -74,11 +74,12 @@ def test_feedback_against_every_rounding_there_is():
     h = x.T @ x
     w = random.normal(size=(16, 256)).astype(np.float32)
     with ThreadPoolExecutor(1) as pool:
-        data = compensate.feedback(np.ascontiguousarray(w.T), form, None, factorized(h, DAMPING, np.arange(256), pool))
-    before = plain(w, type)
+        factor = factorized(h, DAMPING, np.arange(256), pool)
+    data = compensate.feedback(np.ascontiguousarray(w.T), form, factor)
+    before = plain(w, type, factor.remains / factor.remains.mean())  # the same scales, each code by itself
     steps = form.scales(before).steps()
     assert np.array_equal(form.scales(data).steps(), steps)
-    damped = h[np.ix_(live, live)] + ridge(h, DAMPING) * np.eye(6)
+    damped = h[np.ix_(live, live)] + np.diag(ridge(h, DAMPING)[live])
 
     def cost(values: np.ndarray, row: int) -> np.ndarray:
         error = w[row, live] - values
@@ -90,7 +91,7 @@ def test_feedback_against_every_rounding_there_is():
         np.array([cost(decoded(d[[row]], type, 256)[:, live], row)[0] for row in range(len(w))]) for d in (data, before)
     )
     assert (ours >= least * (1 - 1e-5)).all()
-    assert ours.mean() < 0.5 * theirs.mean()
+    assert ours.mean() < 0.7 * theirs.mean()
     assert ours.mean() - least.mean() < 0.2 * (theirs.mean() - least.mean())
     dead = np.delete(np.arange(256), live)  # no input, nothing to make up for: the nearest code
     nearest = np.abs(w[..., None] - np.repeat(steps, 16, 1)[..., None] * form.levels).min(-1)
@@ -135,14 +136,14 @@ def test_what_is_written_is_what_was_meant(name, kind, seed, hessian):
 
 def cost(rounded: Rounded, h: np.ndarray) -> np.ndarray:
     e = rounded.errors.astype(np.float64)
-    return np.einsum("ij,ij->j", h.astype(np.float64) @ e + ridge(h, DAMPING) * e, e)
+    return np.einsum("ij,ij->j", h.astype(np.float64) @ e + ridge(h, DAMPING)[:, None] * e, e)
 
 
 def test_plain_rounding_stays_where_it_is_better_on_the_rows_held_back(hessian, weights):
     """Statistics that say nothing about the inputs to come."""
     type = TYPE_BY_NAME["Q4_K"]
     other = Hessian(hessian.fit, np.eye(D, dtype=np.float32), hessian.n_fit, D)
-    found = compensate.compensate(weights, type, None, other, dampings=(0.001,))
+    found = compensate.compensate(weights, type, None, other, dampings=(0.001,), orders=(False,))
     assert not found.kept
     assert np.array_equal(found.rows, plain(weights, type))
     assert found.loss == found.loss_plain
@@ -169,7 +170,7 @@ def test_the_factor_is_the_statistics_again(hessian):
     with ThreadPoolExecutor(2) as pool:
         factor = factorized(hessian.fit, DAMPING, order, pool)
     again = factor.feedback.astype(np.float64) * factor.remains @ factor.feedback.T
-    damped = hessian.fit + ridge(hessian.fit, DAMPING) * np.eye(D)
+    damped = hessian.fit + np.diag(ridge(hessian.fit, DAMPING))
     assert np.abs(again - damped[np.ix_(order, order)]).max() < 1e-5 * damped.max()
     assert (np.tril(factor.feedback, -1) == 0).all() and (np.diag(factor.feedback) == 1).all()
 

@@ -14,13 +14,15 @@ def share_of_chinese(source) -> float:
     return sum("一" <= c <= "鿿" for c in text) / len(text)
 
 
-def test_calibration_mixes_two_languages_three_to_two():
-    chinese, english = calibration_texts()
-    assert (chinese.weight, english.weight) == (3, 2)
-    assert chinese.documents == peoples_daily("calibration").documents
+def test_calibration_is_half_chinese_half_english():
+    chinese, *english = calibration_texts()
+    assert chinese.weight == sum(source.weight for source in english)
+    assert sorted(chinese.documents) == sorted(peoples_daily("calibration").documents)
     assert share_of_chinese(chinese) > 0.7
-    assert share_of_chinese(english) < 0.001
-    assert sum(map(len, english.documents)) > 300_000
+    for source in english:
+        assert share_of_chinese(source) < 0.01
+        assert sum(map(len, source.documents)) > 150_000
+    assert calibration_texts() == [chinese, *english]
 
 
 def test_held_out_pages_are_none_of_calibrations():

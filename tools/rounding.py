@@ -24,6 +24,7 @@ from typing import Any
 import click
 import numpy as np
 
+from cnq.convert import convert
 from cnq.corpus import Source, chunks, peoples_daily, read_source
 from cnq.engine.quantizer import Outcome
 from cnq.evaluate import Evaluation, evaluate
@@ -61,12 +62,13 @@ class Ran:
 @click.option("--eval-chunks", default=24, show_default=True, help="Of 512 tokens of each text measured on.")
 @click.option("--text", "texts", multiple=True, metavar="NAME=FILE", help="Measure on this too; repeatable.")
 @click.option("--rows", help="Numbers of chunks, comma-separated: study how many rows it takes, and do nothing else.")
+@click.option("--weights", is_flag=True, help="Measure the weights alone too, decoded to float16.")
 @click.option("--picture", type=FILE, help="Draw the error by layer of the first type into this SVG.")
 @click.option("--threads", default=0, help="0 = all cores.")
 @click.option("--write", is_flag=True, help="Put the table into docs/benchmarks.md.")
 def main(
     gguf: Path, types: tuple[str, ...], n_chunks: int, eval_chunks: int, texts: tuple[str, ...], rows: str | None,
-    picture: Path | None, threads: int, write: bool,
+    weights: bool, picture: Path | None, threads: int, write: bool,
 ) -> None:  # fmt: skip
     """Compare on the float GGUF."""
     if rows:
@@ -79,8 +81,12 @@ def main(
         for rounding in ROUNDINGS:
             path = files[type, rounding] = gguf.with_name(f"{gguf.stem}-{type}-{rounding}.gguf")
             stages[f"{type}, {rounding}"] = once(path, partial(rounded, gguf, path, type, imatrix, rounding, threads))
+            if weights:
+                decoded = files[f"{type}, weights alone", rounding] = path.with_name(f"{path.stem}-decoded.gguf")
+                convert(path, decoded, dtype="f16", force=True)
     named = [(text.partition("=")[0], read_source(Path(text.partition("=")[2]))) for text in texts]
     sources = [(s.name, s) for s in unlike_texts()] + named
+    sources.append(("newspaper held out, as in calibration", peoples_daily("held-out")))
     lines = [header(), "", *table(gguf, files, sources, eval_chunks, threads), ""]
     lines += [f"- {t}: {kept(stages[f'{t}, compensated'].said)}" for t in types]
     lines += ["", *times(stages)]

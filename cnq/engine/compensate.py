@@ -1,13 +1,14 @@
 """Rounding that makes up for its own errors, inside the blocks that every llama.cpp reads.
 
-First scales and minima are ggml's, with the importance matrix, and the codes are chosen column by column, each column taking
-over what the errors of those before it did to the layer's output on the calibration text (factor.py); then everything is chosen
-again while that helps (refine.py). Types and bytes stay.
+First scales and minima are ggml's, and the codes are chosen column by column, each column taking over what the errors of those
+before it did to the layer's output on the calibration text (factor.py); then everything is chosen again, one after the other
+(refine.py). Types and bytes stay.
 """
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 
 import numpy as np
 
@@ -16,14 +17,15 @@ from ..gguf_file import TensorType
 from . import rows
 from .codes import Form, form
 from .factor import Factor, factorized, ridge
+from .quantizer import DAMPINGS, ORDERS
 from .refine import Rounded, nearest, sweep
 
-DAMPINGS = (0.01, 0.03, 0.1, 0.3)
 _TILE = 512  # rows that a thread works on at once
 _SUB = 32  # columns after which errors are handed on to the rest of a block
 _BLOCK = 256  # and after which they are handed on to the next block
-_SAMPLE = 256  # rows that damping and order are chosen on
-_SWEEPS = 3
+_SAMPLE = 128  # rows that damping and order are chosen on
+_SWEEPS = 4
+_KEPT = 1 << 30  # bytes of factors that statistics hold, at most, beside the one in use
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,14 @@ class Hessian:
     _factors: dict[tuple[float, bool], Factor] = field(default_factory=dict, repr=False)
 
     def factor(self, damping: float, by_diagonal: bool, pool: Executor) -> Factor:
-        """Computed once. by_diagonal: blocks, and the columns in each, go by how large their inputs are."""
+        """Computed once, as long as there is room.
+
+        by_diagonal: blocks, and the columns in each, go by how large their inputs are.
+        """
         key = (damping, by_diagonal)
         if key not in self._factors:
+            while sum(factor.feedback.nbytes for factor in self._factors.values()) > _KEPT:
+                del self._factors[next(iter(self._factors))]
             order = _by_diagonal(self.fit) if by_diagonal else np.arange(len(self.fit))
             self._factors[key] = factorized(self.fit, damping, order, pool)
         return self._factors[key]
@@ -83,15 +90,15 @@ def compensate(
     hessian: Hessian,
     *,
     dampings: Sequence[float] = DAMPINGS,
-    orders: Sequence[bool] = (False,),
+    orders: Sequence[bool] = ORDERS,
     sweeps: int = _SWEEPS,
     threads: int = 1,
 ) -> Compensated:
     """Round a matrix (n, d) float32 to `type`.
 
-    importance: (d,) float32, as ggml weighs errors in its search for scales; None: alike. dampings, orders: of these the best
-    is taken, by the held-back loss of some of the rows. The result does not depend on `threads`, each of which works best where
-    BLAS has a single one.
+    importance: (d,) float32, as ggml weighs errors where it rounds plainly; None: alike. dampings, orders (by diagonal or
+    not): the best by the held-back loss of some of the rows is taken. The result does not depend on `threads`, each of which
+    works best where BLAS has a single one.
     Raises QuantizeError: weights that are not finite or too large for the type, a type whose codes stand for groups
     (codes.can_change), statistics of other columns or that are not positive definite.
     """
@@ -110,18 +117,23 @@ def compensate(
     with ThreadPoolExecutor(threads) as pool:
         data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
 
-        def again(choice: tuple[float, bool]) -> Callable[[np.ndarray], np.ndarray]:
-            factor = hessian.factor(*choice, pool)
-            return lambda part: _compensated(part, shape, importance, factor, hessian.fit, sweeps)
+        def again(damping: float, by_diagonal: bool) -> Callable[[np.ndarray], np.ndarray]:
+            factor = hessian.factor(damping, by_diagonal, pool)
+            return lambda part: _compensated(part, shape, factor, hessian.fit, sweeps)
 
-        choices = [(damping, by_diagonal) for by_diagonal in orders for damping in dampings]
-        if len(choices) > 1:
-            sample = weights[:: max(1, len(weights) // _SAMPLE)]
-            losses = [_rounded(sample, type, again(choice), hessian, pool)[1] for choice in choices]
-            choices = [choices[int(np.argmin(losses))]]
-        data, loss = _rounded(weights, type, again(choices[0]), hessian, pool)
+        @cache
+        def tried(damping: float, by_diagonal: bool) -> float:
+            return _rounded(sample, type, again(damping, by_diagonal), hessian, pool)[1]
+
+        sample = weights[:: -(-len(weights) // _SAMPLE)]
+        damping, by_diagonal = dampings[0], orders[0]
+        if len(dampings) > 1:
+            damping = min(dampings, key=lambda damping: tried(damping, by_diagonal))
+        if len(orders) > 1:
+            by_diagonal = min(orders, key=lambda by_diagonal: tried(damping, by_diagonal))
+        data, loss = _rounded(weights, type, again(damping, by_diagonal), hessian, pool)
     kept = loss < loss_plain
-    return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), *choices[0], kept)
+    return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), damping, by_diagonal, kept)
 
 
 def _rounded(
@@ -150,11 +162,9 @@ def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) 
     return rows.encode(part, type, importance, out).reshape(len(part), -1)
 
 
-def _compensated(
-    part: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor, hessian: np.ndarray, sweeps: int
-) -> np.ndarray:
+def _compensated(part: np.ndarray, shape: Form, factor: Factor, hessian: np.ndarray, sweeps: int) -> np.ndarray:
     columns_first = np.ascontiguousarray(part.T)
-    data = feedback(columns_first, shape, importance, factor)
+    data = feedback(columns_first, shape, factor)
     rounded = Rounded.read(shape, columns_first, data)
     for _ in range(sweeps):
         sweep(rounded, hessian, ridge(hessian, factor.damping))
@@ -162,22 +172,25 @@ def _compensated(
     return data
 
 
-def feedback(weights: np.ndarray, shape: Form, importance: np.ndarray | None, factor: Factor) -> np.ndarray:
+def feedback(weights: np.ndarray, shape: Form, factor: Factor) -> np.ndarray:
     """(n, bytes per row) uint8 of weights (d, n): rounded with error feedback.
 
-    Columns come first, so that each step of the inner loop goes over memory in a line.
+    Columns come first, so that each step of the inner loop goes over memory in a line. ggml searches the scales with what an
+    error costs that later columns make up for.
     """
     d, n = weights.shape
     width = _width(d)
     out = np.empty((n, d // width, shape.type.row_bytes(width)), np.uint8)
     errors = np.empty_like(weights)  # in the order of the factor
+    costs = np.empty(d, np.float32)
+    costs[factor.order] = factor.remains / factor.remains.mean()
     for start in range(0, d, width):
         own = slice(start, start + width)
         now = weights[factor.order[own]] + factor.feedback[:start, own].T @ errors[:start]
         block = factor.order[start] // width
-        weighed = None if importance is None else importance[block * width : (block + 1) * width]
         original = weights[factor.order[own]]
         inside = factor.order[own] % width
+        weighed = costs[block * width : (block + 1) * width]
         out[:, block] = _block(now, original, errors[own], inside, shape, weighed, factor.feedback[own, own])
     return out.reshape(n, -1)
 
@@ -188,7 +201,7 @@ def _block(
     errors: np.ndarray,
     inside: np.ndarray,
     shape: Form,
-    importance: np.ndarray | None,
+    importance: np.ndarray,
     within: np.ndarray,
 ) -> np.ndarray:
     """(n, bytes) of the block, its scales those of the weights as they are `now`, corrected by the blocks before.

@@ -10,7 +10,7 @@ from ..hessian_file import Statistics
 from . import rows
 from .codes import can_change
 from .compensate import Compensated, Hessian, compensate
-from .quantizer import DAMPINGS, ORDERS, Outcome
+from .quantizer import Outcome
 
 
 class Compensation:
@@ -78,7 +78,7 @@ def _compensated(
     name: str, weights: np.ndarray, type: TensorType, importance: np.ndarray | None, hessian: Hessian, threads: int
 ) -> Compensated:
     try:
-        return compensate(weights, type, importance, hessian, dampings=DAMPINGS, orders=ORDERS, threads=threads)
+        return compensate(weights, type, importance, hessian, threads=threads)
     except QuantizeError as error:
         raise QuantizeError(f"{name}: {error}") from error
 

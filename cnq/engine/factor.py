@@ -15,11 +15,15 @@ import numpy as np
 from ..errors import QuantizeError
 
 _PANEL = 256
+_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
 class Factor:
-    """order: (d,) the columns of H in the order in which they are rounded. feedback: (d, d) float32, A; remains: (d,), D."""
+    """order: (d,) the columns of H in the order in which they are rounded. feedback: (d, d) float32, A; remains: (d,), D.
+
+    feedback and remains are in this order.
+    """
 
     damping: float
     order: np.ndarray
@@ -27,12 +31,17 @@ class Factor:
     remains: np.ndarray
 
 
-def ridge(hessian: np.ndarray, damping: float) -> float:
-    """What damping adds to the diagonal: this share of its mean. Raises QuantizeError for statistics that cannot be."""
-    mean = float(np.diag(hessian).mean(dtype=np.float64))
+def ridge(hessian: np.ndarray, damping: float) -> np.ndarray:
+    """(d,) float32: what damping adds to the diagonal, this share of it, so that less is believed of how columns go together.
+
+    Without end it would leave each column alone with its mean square, which is rounding by the importance matrix. A thousandth
+    of the mean is added besides, for inputs that were never met. Raises QuantizeError for statistics that cannot be.
+    """
+    diagonal = np.diag(hessian)
+    mean = float(diagonal.mean(dtype=np.float64))
     if not np.isfinite(mean) or mean <= 0:
         raise QuantizeError(f"the mean square of a layer's inputs is {mean}. Collect the statistics again.")
-    return damping * mean
+    return damping * diagonal + np.float32(_FLOOR * mean)
 
 
 def factorized(hessian: np.ndarray, damping: float, order: np.ndarray, pool: Executor) -> Factor:
@@ -42,7 +51,7 @@ def factorized(hessian: np.ndarray, damping: float, order: np.ndarray, pool: Exe
     """
     work = hessian[np.ix_(order, order)]
     at = np.arange(len(order))
-    work[at, at] += ridge(hessian, damping)
+    work[at, at] += ridge(hessian, damping)[order]
     remains = _unit_upper(work, pool)
     return Factor(damping, order, work, remains)
 

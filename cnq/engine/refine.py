@@ -96,16 +96,16 @@ class Rounded:
         self.errors[own] = self.weights[own] - (values if offset is None else values + offset)
 
 
-def sweep(rounded: Rounded, hessian: np.ndarray, ridge: float) -> None:
-    """Choose everything again once. hessian: (d, d) float32; ridge: what damping adds to its diagonal."""
+def sweep(rounded: Rounded, hessian: np.ndarray, ridge: np.ndarray) -> None:
+    """Choose everything again once. hessian: (d, d) float32; ridge: (d,), what damping adds to its diagonal."""
     form = rounded.form
     d = len(rounded.weights)
     width = int(np.gcd(d, 256))
     for start in range(0, d, width):
         own = slice(start, start + width)
         # (width, n): half of what the cost falls by as a value grows
-        pull = hessian[own] @ rounded.errors + np.float32(ridge) * rounded.errors[own]
-        corner = hessian[own, own] + np.float32(ridge) * np.eye(width, dtype=np.float32)
+        pull = hessian[own] @ rounded.errors + ridge[own, None] * rounded.errors[own]
+        corner = hessian[own, own] + np.diag(ridge[own])
         for group in range(start // form.group, (start + width) // form.group):
             columns = rounded.columns(group)
             inside = slice(columns.start - start, columns.stop - start)
