@@ -11,10 +11,9 @@ import numpy as np
 from ..engine import rows
 from ..engine.codes import can_change
 from ..engine.compensate import Hessian, compensate
+from ..engine.quantizer import DAMPINGS, ORDERS
 from ..gguf_file import TensorType
 from ..hessian_file import Statistics
-
-_DAMPING = 0.03  # of those that the final run tries, the usual winner
 
 
 class Rounding(Protocol):
@@ -47,7 +46,8 @@ class Plain:
 
 @dataclass(frozen=True)
 class Compensating:
-    """Compensated rounding (engine/compensate.py) where the final run does it; else ggml's."""
+    """Compensated rounding (engine/compensate.py) where the final run does it; else ggml's. Of what the final run tries for a
+    matrix, and takes the best of, the first alone."""
 
     plain: Plain
     statistics: Statistics
@@ -60,7 +60,7 @@ class Compensating:
         if number is None or not can_change(type) or not self.statistics.inputs[number].enough:
             return self.plain.encoded(tensor, matrix, values, type)
         weights = self.plain.weights(tensor, matrix, values.shape[1])
-        return compensate(values, type, weights, self._hessian(number), dampings=(_DAMPING,)).rows
+        return compensate(values, type, weights, self._hessian(number), dampings=DAMPINGS[:1], orders=ORDERS[:1]).rows
 
     def _hessian(self, number: int) -> Hessian:
         """The last one is kept, with its factor: tensors with the same input come one after the other."""
@@ -70,6 +70,6 @@ class Compensating:
                 sums = self.statistics.read(number)
                 hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
                 with ThreadPoolExecutor(1) as pool:
-                    hessian.factor(_DAMPING, False, pool)
+                    hessian.factor(DAMPINGS[0], ORDERS[0], pool)
                 self._last[number] = hessian
             return self._last[number]
