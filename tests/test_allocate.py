@@ -68,6 +68,9 @@ def test_bytes_are_those_of_the_file(gguf, tmp_path, shape):
     src = gguf(**shape)
     file = GgufFile(src)
     room = space(file, plan(src, "Q4_K_M"), ("Q4_K", "Q6_K", "IQ4_XS"), frozenset())
+    assert all(len(types) > 1 for types in room.candidates.values())
+    usual = space(file, plan(src, "Q4_K_M"), allowed_types((), 1 << 40, file), frozenset())
+    assert min(t.bits for types in usual.candidates.values() for t in types) <= 4.5, "Q8_0 alone fits odd rows"
     rounds = max(map(len, room.candidates.values()))
     for i in range(rounds):
         types = {name: row[(i + n) % len(row)].name for n, (name, row) in enumerate(room.candidates.items())}

@@ -96,14 +96,19 @@ def fixed(room: Space, wishes: Sequence[tuple[str, str]]) -> Space:
 
 
 def _fitting(tensor: TensorInfo, allowed: Sequence[str], important: bool) -> tuple[TensorType, ...]:
-    """Of the allowed types those whose blocks divide the rows; else those with smaller blocks; else what the tensor is."""
+    """Of the allowed types those whose blocks divide the rows. Where only one of them does, as Q8_0 does of the usual ones, or
+    none, those with smaller blocks as well; else what the tensor is.
+    """
     columns = tensor.shape[-1]
 
     def dividing(names: Sequence[str]) -> tuple[TensorType, ...]:
         types = [TYPE_BY_NAME[n] for n in names if important or n not in _NEED_IMPORTANCE]
         return tuple(t for t in types if columns % t.block == 0)
 
-    return dividing(allowed) or dividing(NARROW) or (tensor.type,)
+    found = dividing(allowed)
+    if len(found) < min(2, len(allowed)):
+        found = tuple(dict.fromkeys([*found, *dividing(NARROW)]))
+    return found or (tensor.type,)
 
 
 def allowed_types(wanted: Sequence[str], budget: int, file: GgufFile) -> tuple[str, ...]:
