@@ -3,25 +3,23 @@
 Beside each output stands <output>.made.json: what it was made from. A step whose record still holds is skipped.
 """
 
-import json
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
 
 from . import catalog, corpus
+from .allocate.measure import text_of
+from .allocate.search import Budget
 from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
 from .corpus import Chunks, Source, Used, peoples_daily
 from .engine.model import Model
 from .engine.quantizer import Outcome
 from .evaluate import evaluate
-from .files import replacing, require_memory, require_space, sha256
+from .files import require_memory, require_space
+from .fitting import FRONTIER, Fitting, fit, frontier_sizes, name_of
 from .gguf_file import GgufFile
 from .hessian_file import beside, is_complete, manifest_path
 from .imatrix import collect
@@ -29,32 +27,23 @@ from .machine import this_machine
 from .ollama import write_modelfile
 from .paired import Paired, compare
 from .quantize import ALIASES, quantize
-from .report import Compensation, Report, Subject, write_report
+from .report import Compensation, Report, Sizing, Subject, write_report
 from .speed import measure_speed
+from .steps import Done, Progress, files_of, named, record_path, step, versions
 from .texts import calibration_texts, unlike_texts
 from .to_hf import to_hf
 
-RECORD = ".made.json"
 _ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes nothing in these
 _DOMAIN_SHARE = 4  # of the chunks that a build measures on, each text unlike the calibration's gets a quarter more
 N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
 
 
-class Progress(Protocol):
-    """What a build tells while it works."""
-
-    def skipped(self, path: Path) -> None: ...
-
-    def say(self, text: str) -> None: ...
-
-    def bar(self, what: str, unit: str) -> AbstractContextManager[Callable[[int, int], object]]:
-        """A progress bar: gives a function of (done, total) in `unit`, "bytes" or "tensors"."""
-        ...
-
-
 @dataclass(frozen=True)
 class Made:
-    """One GGUF of a build. seconds: None when it was there already. compensation: what came of it; empty: rounded plainly."""
+    """One GGUF of a build. seconds: None when it was there already. compensation: what came of it; empty: rounded plainly.
+
+    sizing: how it was made to fit a size; None: it has the types of llama.cpp's mixture.
+    """
 
     path: Path
     type: str
@@ -63,6 +52,7 @@ class Made:
     seconds: float | None
     notes: tuple[str, ...]
     compensation: tuple[Outcome, ...] = ()
+    sizing: Sizing | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +84,9 @@ def build(
     eval_chunks: int = 40,
     rounding: str = "compensated",
     hessian_memory: int = 0,
+    budget: Budget | None = None,
+    effort: str = "normal",
+    frontier: bool = False,
     threads: int = 0,
     progress: Progress,
 ) -> Built:
@@ -104,7 +97,8 @@ def build(
     default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese and English text for the importance
     matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure. rounding: "compensated"
     collects second moments with the importance matrix and rounds by them (quantize), "plain" does not. hessian_memory: bytes
-    for their sums, 0 = what is free.
+    for their sums, 0 = what is free. budget: a size to find the best types for, with so much effort; the file comes last.
+    frontier: do the same for the sizes of five of llama.cpp's mixtures, and make these too.
     Raises what the steps raise, and NoSpace before the first of them.
     """
     entry = catalog.with_loras(catalog.find(model), loras)
@@ -123,8 +117,11 @@ def build(
     if chunks:
         imatrix = folder / f"{entry.title}.imatrix.gguf"
         calibrated = _calibrated(float_gguf, imatrix, chunks, rounding, hessian_memory, threads, progress)
-    for type in types:
+    for type in dict.fromkeys([*types, *(FRONTIER if frontier else ())]):
         made.append(_quantized(float_gguf, calibrated, folder, entry.title, type, rounding, threads, progress))
+    sizes = frontier_sizes(float_gguf, calibrated.path if calibrated else None, rounding) if frontier else []
+    budgets = [*sizes, *([budget] if budget else [])]
+    made += _fitted(float_gguf, calibrated, folder, entry.title, budgets, rounding, effort, eval_chunks, threads, progress)
     modelfile = write_modelfile(made[-1].path, folder / "Modelfile", format=format, force=True)
     for note in modelfile.notes:
         progress.say(note)
@@ -151,30 +148,30 @@ def _require_memory(gguf: Path) -> None:
 
 
 def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar(f"{gguf.name} → {folder.name}/", "bytes") as tick:
             to_hf(gguf, folder, force=True, progress=tick)
-        return _Done()
+        return Done()
 
-    _step(folder, _named(gguf), {}, work, progress)
+    step(folder, named(gguf), {}, work, progress)
     return folder
 
 
 def _converted(
     source: Path, loras: Sequence[Path], dst: Path, dtype: str, name: str, format: str | None, progress: Progress
 ) -> Made:
-    def work() -> _Done:
+    def work() -> Done:
         task = f"merging {len(loras)} LoRAs and converting" if loras else "converting"
         with progress.bar(f"{task} to {dtype.upper()}", "bytes") as tick:
             found = convert(source, dst, dtype=dtype, name=name, format=format, loras=loras, force=True, progress=tick)
-        return _Done(found.notes)
+        return Done(found.notes)
 
-    inputs = _files(source)
+    inputs = files_of(source)
     if folder_of(source) == source.parent:
-        inputs |= _named(source.parent / "tokenizer.model")
+        inputs |= named(source.parent / "tokenizer.model")
     for number, lora in enumerate(loras, 1):
-        inputs |= {f"lora {number}/{name}": file for name, file in _files(lora).items()}
-    seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
+        inputs |= {f"lora {number}/{name}": file for name, file in files_of(lora).items()}
+    seconds, done = step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
 
@@ -189,18 +186,18 @@ def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, t
     """The importance matrix, and beside it second moments, from the calibration half of the default corpus."""
     hessian = rounding == "compensated"
     if hessian and not is_complete(beside(dst)):
-        _record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
+        record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar("calibrating", "chunks") as tick:
             text = _text(calibration_texts(), "calibration", chunks)
             found = collect(
                 src, text, dst, n_ctx=N_CTX, hessian=hessian, hessian_memory=memory, threads=threads, force=True, progress=tick
             )
-        return _Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
+        return Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
 
     options = {"chunks": chunks, "n_ctx": N_CTX, "hessian": hessian}
-    seconds, done = _step(dst, _named(src), options, work, progress)
+    seconds, done = step(dst, named(src), options, work, progress)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
 
 
@@ -227,7 +224,7 @@ def _reported(
     """Measure every quantized file against the float one, time them, and write the report."""
     base, *quantized = made
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar("measuring", "chunks") as tick:
             found = evaluate(
                 [m.path for m in quantized],
@@ -245,7 +242,7 @@ def _reported(
                 tick(i, len(made))
         measured = [found.base, *found.models]
         subjects = [
-            Subject(m.path, m.type, m.path.stem.endswith("-im"), measure, speed)
+            Subject(m.path, m.type, m.path.stem.endswith("-im"), measure, speed, m.sizing)
             for m, measure, speed in zip(made, measured, speeds, strict=True)
         ]
         took = {m.path.name: m.seconds for m in made} | {"importance matrix": calibrated and calibrated.seconds}
@@ -263,17 +260,17 @@ def _reported(
                 format=format,
                 licence=entry.licence,
                 source=_source(entry),
-                versions=_versions(),
+                versions=versions(),
                 machine=this_machine(),
                 seconds={k: v for k, v in took.items() if v} | {"measuring": found.seconds},
                 compensations=compensations,
             ),
             dst.parent,
         )
-        return _Done()
+        return Done()
 
-    inputs = _named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
-    _step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
+    inputs = named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
+    step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
     return dst
 
 
@@ -325,100 +322,50 @@ def _quantized(
     rounding = rounding if imatrix else "plain"
     dst = folder / f"{title}-{type}{'-im' if imatrix else ''}.gguf"
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar(f"quantizing to {type}", "tensors") as tick:
             found = quantize(
                 src, dst, type, imatrix=imatrix, rounding=rounding, threads=threads, force=True,
                 progress=lambda _, i, n: tick(i, n),
             )  # fmt: skip
-        return _Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
+        return Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
 
-    inputs = _named(src, imatrix) if imatrix else _named(src)
+    inputs = named(src, imatrix) if imatrix else named(src)
     if imatrix and rounding == "compensated":
         inputs |= {"second moments": manifest_path(beside(imatrix))}
-    seconds, done = _step(dst, inputs, {"type": type, "rounding": rounding}, work, progress)
+    seconds, done = step(dst, inputs, {"type": type, "rounding": rounding}, work, progress)
     outcomes = tuple(Outcome(**outcome) for outcome in done.facts["compensation"])
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes, outcomes)
 
 
-@dataclass(frozen=True)
-class _Done:
-    """What a step leaves in its record besides: notes for the user, facts for later steps."""
-
-    notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def _step(
-    output: Path, inputs: dict[str, Path], options: dict[str, Any], work: Callable[[], _Done], progress: Progress
-) -> tuple[float | None, _Done]:
-    """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded.
-
-    inputs: by the names that the record knows them by, wherever they are.
-    """
-    if (record := _current_record(output, inputs, options)) is not None:
-        progress.skipped(output)
-        return None, record
-    started = time.perf_counter()
-    done = work()
-    content = {
-        "inputs": {name: {"stamp": _stamp(p), "sha256": sha256(p)} for name, p in inputs.items()},
-        "options": options,
-        "versions": _versions(),
-        "notes": done.notes,
-        "facts": done.facts,
-        "output": _stamp(output),
-    }
-    with replacing(_record_path(output), force=True) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    return time.perf_counter() - started, done
-
-
-# Records
-
-
-def _named(*paths: Path) -> dict[str, Path]:
-    return {p.name: p for p in paths}
-
-
-def _files(place: Path) -> dict[str, Path]:
-    """The files of a directory, or the one file."""
-    return _named(place) if place.is_file() else _named(*(f for f in sorted(place.iterdir()) if f.is_file()))
-
-
-def _record_path(output: Path) -> Path:
-    return output.with_name(output.name + RECORD)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("cnq", "llama-cpp-python", "gguf")}
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _current_record(output: Path, inputs: dict[str, Path], options: dict[str, Any]) -> _Done | None:
-    """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and was not
-    touched since.
-
-    An input with the size and time of the record is taken to be the same; with another time its digest decides.
-    """
-    try:
-        record = json.loads(_record_path(output).read_text(encoding="utf-8"))
-        known, done = record["inputs"], _Done(tuple(record["notes"]), record["facts"])
-        same = (
-            record["output"] == _stamp(output)
-            and record["options"] == options
-            and record["versions"] == _versions()
-            and known.keys() == inputs.keys()
-            and all(
-                known[name]["stamp"] == _stamp(p)
-                or (known[name]["stamp"][0] == p.stat().st_size and known[name]["sha256"] == sha256(p))
-                for name, p in inputs.items()
-            )
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-        return None
-    return done if same else None
+def _fitted(
+    src: Path,
+    calibrated: _Calibrated | None,
+    folder: Path,
+    title: str,
+    budgets: Sequence[Budget],
+    rounding: str,
+    effort: str,
+    n_chunks: int,
+    threads: int,
+    progress: Progress,
+) -> list[Made]:
+    """A file for each budget, judged on texts unlike the calibration's."""
+    imatrix = calibrated.path if calibrated else None
+    judged = max(2, n_chunks // 2) if n_chunks else 0
+    fitting = Fitting(
+        imatrix=imatrix,
+        text=text_of(calibration_texts(), sum(u.chunks for u in calibrated.manifest) if calibrated else 0),
+        rounding=rounding if imatrix else "plain",
+        effort=effort,
+        held_out=_text(unlike_texts(), "held-out", judged) if judged else None,
+        judged=judged,
+    )
+    made = []
+    for budget in budgets:
+        dst = folder / f"{title}-{name_of(budget)}{'-im' if imatrix else ''}.gguf"
+        seconds, done, sizing = fit(src, dst, budget, fitting, threads, progress)
+        bits = GgufFile(dst).bits_per_weight
+        type = f"{bits:.2f} bpw" if sizing.kept == "allocation" else sizing.kept
+        made.append(Made(dst, type, bits, dst.stat().st_size, seconds, done.notes, (), sizing))
+    return made

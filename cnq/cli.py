@@ -30,7 +30,14 @@ def cli() -> None:
 
 @cli.command()
 @click.argument("model")
-@click.option("-t", "--type", "types", multiple=True, default=["Q4_K_M"], show_default=True, help="Quantization; repeatable.")
+@click.option(
+    "-t", "--type", "types", multiple=True, help="Quantization; repeatable.  [default: Q4_K_M, unless --size is given]"
+)
+@click.option("--size", metavar="SIZE", help="The best mixture of types for a file of this size, e.g. 4.2GB.")
+@click.option("--bpw", type=click.FloatRange(1, 32), help="The same, for so many bits per weight.")
+@click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,
+              help="With --size: how much is measured.")  # fmt: skip
+@click.option("--frontier", is_flag=True, help="The best mixtures for the sizes of five of llama.cpp's, beside these.")
 @click.option("--lora", "loras", multiple=True, help="Adapter to merge into MODEL, directory or hub id; repeatable, in order.")
 @click.option("--out", type=FILE, help="Where everything goes.  [default: models/<name>]")
 @FORMAT
@@ -43,7 +50,16 @@ def cli() -> None:
 @click.option("--prompt", is_flag=False, flag_value="", help="Ask the result this; without a text, the model's own question.")
 @THREADS
 @JSON
-def build(model: str, as_json: bool, prompt: str | None, hessian_memory: str | None, **options: Any) -> None:
+def build(
+    model: str,
+    as_json: bool,
+    prompt: str | None,
+    hessian_memory: str | None,
+    types: Sequence[str],
+    size: str | None,
+    bpw: float | None,
+    **options: Any,
+) -> None:
     """Take MODEL the whole road: download, convert, calibrate, quantize, measure, report.
 
     MODEL is a name from `cnq models`, a directory, a GGUF file or a hub id. What is up to date is not made again.
@@ -54,12 +70,19 @@ def build(model: str, as_json: bool, prompt: str | None, hessian_memory: str | N
     cnq build 7b-plus                                LLaMA + Chinese-LLaMA-Plus + Chinese-Alpaca-Plus
     cnq build 7b --lora my-adapter/
     cnq build ./my-merged-model --format llama-2
+    cnq build 7b --size 4GB                          the types that lose least in 4 GB
     """
+    from .allocate.search import Budget
     from .build import build
     from .files import byte_size
 
+    if size and bpw:
+        raise click.UsageError("give --size or --bpw, not both.")
     memory = byte_size(hessian_memory) if hessian_memory else 0
-    result = build(model, hessian_memory=memory, progress=terminal.Progress(quiet=as_json), **options)
+    budget = Budget(byte_size(size) if size else None, bpw) if size or bpw else None
+    types = types or (() if budget or options["frontier"] else ("Q4_K_M",))
+    progress = terminal.Progress(quiet=as_json)
+    result = build(model, types, hessian_memory=memory, budget=budget, progress=progress, **options)
     terminal.emit(result, as_json, terminal.show_built)
     if prompt is not None and not as_json:
         from .chat import open_chat
@@ -140,7 +163,14 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
 @cli.command()
 @click.argument("src", type=FILE)
 @click.argument("dst", type=FILE)
-@click.option("-t", "--type", required=True, help="Quantization, e.g. Q4_K_M; a wrong name lists all that llama.cpp offers.")
+@click.option("-t", "--type", help="Quantization, e.g. Q4_K_M; a wrong name lists all that llama.cpp offers.")
+@click.option(
+    "--size", metavar="SIZE", help="Instead of a type: the best mixture of types for a file of this size, e.g. 4.2GB."
+)
+@click.option("--bpw", type=click.FloatRange(1, 32), help="The same, for so many bits per weight.")
+@click.option("--max-ram", metavar="SIZE", is_flag=False, flag_value="",
+              help="The same, to run with its context in so much memory; without SIZE: in what is free here.")  # fmt: skip
+@click.option("--recipe", type=FILE, help="The types that a .recipe.toml gives, of this model or another of its family.")
 @click.option("--imatrix", type=FILE, help="Importance matrix, GGUF or legacy .dat; the smallest types need one.")
 @click.option("--tensor-type", "tensor_types", multiple=True, metavar="PATTERN=TYPE",
               help="Another type for tensors whose name the regular expression finds; repeatable.")  # fmt: skip
@@ -150,50 +180,159 @@ def convert_lora_command(as_json: bool, **options: Any) -> None:
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
 @click.option("--rounding", type=click.Choice(["compensated", "plain"]), help="compensated: errors make up for each other, by "
               "what imatrix --hessian left beside the imatrix.  [default: compensated where that is, else plain]")  # fmt: skip
+@click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,
+              help="With --size: how much is measured; kept for the next size.")  # fmt: skip
+@click.option("--types", metavar="TYPE,...", help="With --size: the types to choose from.")
+@click.option("--prefer-repacked", is_flag=True, help="With --size: prefer types that llama.cpp repacks for this processor.")
+@click.option("--text", "texts", multiple=True, help="With --size: file to measure sensitivities on; repeatable.")
+@click.option("--held-out", multiple=True, help="With --size: file to judge by; repeatable.  [default: reviews and licences]")
+@click.option("--eval-chunks", type=click.IntRange(0), default=20, show_default=True,
+              help="With --size: held-out chunks to judge by; 0 = take the mixture on trust.")  # fmt: skip
+@click.option(
+    "--ctx", "n_ctx", type=click.IntRange(16), help="With --max-ram: tokens of context.  [default: the model's, ≤ 4096]"
+)
 @click.option("--dry-run", is_flag=True, help="Only show what each tensor becomes, and the exact size of the file.")
 @THREADS
 @FORCE
 @JSON
 def quantize(
+    src: Path,
+    dst: Path,
     as_json: bool,
     dry_run: bool,
-    dst: Path,
     force: bool,
     threads: int,
-    rounding: str | None,
+    type: str | None,
+    recipe: Path | None,
     tensor_types: Sequence[str],
     **options: Any,
 ) -> None:
-    """Shrink the float GGUF SRC into DST, with plain rounding to the bit as llama-quantize does.
+    """Shrink the float GGUF SRC into DST: to a type, or to a size.
+
+    With a type and plain rounding, to the bit as llama-quantize does. With a size (docs/size-budget.md) each tensor gets the
+    type that loses least within it, as measured; the result is compared with the stock mixture, and the better one kept.
 
     \b
     cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M
     cnq quantize a2-f16.gguf a2-iq2.gguf -t IQ2_M --imatrix a2.imatrix.gguf
     cnq quantize a2-f16.gguf a2-q4.gguf -t Q4_K_M --imatrix a2.imatrix.gguf --rounding compensated
     cnq quantize a2-f16.gguf a2-mix.gguf -t Q4_K_M --tensor-type 'attn_v=Q8_0' --dry-run
+    cnq quantize a2-f16.gguf a2-4g.gguf --size 4GB --imatrix a2.imatrix.gguf
+    cnq quantize a2-f16.gguf a2-ram.gguf --max-ram 6GB --imatrix a2.imatrix.gguf
+    cnq quantize b2-f16.gguf b2-4g.gguf --recipe a2-4g.recipe.toml --imatrix b2.imatrix.gguf
     """
+    sized = {name: options.pop(name) for name in _SIZED}
+    given = [f"--{name.replace('_', '-')}" for name in _BUDGETS if sized[name] is not None]
+    given += [name for name, value in (("--type", type), ("--recipe", recipe)) if value is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise click.UsageError(f"give one of --type, --size, --bpw, --max-ram, --recipe; {found} was given.")
+    wishes = [_wish(w) for w in tensor_types]
+    for name in ("output_type", "embedding_type"):
+        options[name] = options[name] and options[name].upper()
+    if type is None and recipe is None:
+        if options["pure"] or options["allow_requantize"]:
+            raise click.UsageError("--pure and --allow-requantize are for types, not for sizes.")
+        ends = ((r"^token_embd\.weight$", options["embedding_type"]), (r"^output\.weight$", options["output_type"]))
+        sized["tensor_types"] = [*((pattern, wish) for pattern, wish in ends if wish), *wishes]
+        _quantize_to_size(src, dst, sized, options["imatrix"], options["rounding"], threads, force, dry_run, as_json)
+        return
     from .engine.child import started_early
 
     with started_early("cnq.engine.worker"):
         from .quantize import plan, quantize
 
-        for name in ("output_type", "embedding_type"):
-            options[name] = options[name] and options[name].upper()
-        wishes = [_wish(w) for w in tensor_types]
+        if recipe:
+            type, options["rounding"], types, told = _of_recipe(src, recipe, options["imatrix"], options["rounding"])
+            wishes += types
+            for note in told:
+                click.echo(f"note: {note}", err=True)
+        assert type
         if dry_run:
-            terminal.emit(plan(tensor_types=wishes, **options), as_json, terminal.show_plan)
+            terminal.emit(plan(src, type, tensor_types=wishes, **options), as_json, terminal.show_plan)
             return
         with terminal.Progress(quiet=as_json).bar("quantizing", "tensors") as progress:
             result = quantize(
-                dst=dst,
+                src,
+                dst,
+                type,
                 force=force,
                 threads=threads,
-                rounding=rounding,
                 tensor_types=wishes,
                 progress=lambda _, i, n: progress(i, n),
                 **options,
             )
     terminal.emit(result, as_json, terminal.show_quantized)
+
+
+_BUDGETS = ("size", "bpw", "max_ram")
+_SIZED = (*_BUDGETS, "effort", "types", "prefer_repacked", "texts", "held_out", "eval_chunks", "n_ctx")
+
+
+def _quantize_to_size(
+    src: Path, dst: Path, sized: dict[str, Any], imatrix: Path | None, rounding: str | None, threads: int, force: bool,
+    dry_run: bool, as_json: bool,
+) -> None:  # fmt: skip
+    from . import corpus
+    from .allocate.gate import quantize_to_size
+    from .allocate.measure import text_of
+    from .allocate.search import allocate, repacked_here
+    from .imatrix_file import read_imatrix
+    from .texts import calibration_texts, unlike_texts
+
+    sources, special = _sources(src, sized["texts"], None)
+    skip = read_imatrix(imatrix).n_chunks if imatrix and not sources else 0
+    text = text_of(sources or calibration_texts(), skip, special)
+    options: dict[str, Any] = {
+        "imatrix": imatrix,
+        "rounding": rounding,
+        "types": sized["types"].split(",") if sized["types"] else (),
+        "tensor_types": sized["tensor_types"],
+        "effort": sized["effort"],
+        "repacked": repacked_here() if sized["prefer_repacked"] else None,
+        "threads": threads,
+        "progress": terminal.Progress(quiet=as_json),
+    }
+    budget = _budget(src, sized)
+    if dry_run:
+        terminal.emit(allocate(src, budget, text, **options), as_json, terminal.show_allocation)
+        return
+    judges, special = _sources(src, sized["held_out"], None)
+
+    def held_out(model: Any) -> Any:
+        def tokenize(text: str) -> list[int]:
+            return list(model.tokenize(text, add_special=True, parse_special=special))
+
+        return corpus.chunks(judges or unlike_texts(), tokenize, 512, sized["eval_chunks"])
+
+    result = quantize_to_size(src, dst, budget, text, held_out if sized["eval_chunks"] else None, force=force, **options)
+    terminal.emit(result, as_json, terminal.show_sized)
+
+
+def _budget(src: Path, sized: dict[str, Any]) -> Any:
+    from .allocate.search import Budget
+    from .context import room_for_weights
+    from .files import byte_size
+    from .gguf_file import GgufFile
+
+    if sized["max_ram"] is not None:
+        memory = byte_size(sized["max_ram"]) if sized["max_ram"] else None
+        return Budget(room_for_weights(GgufFile(src), sized["n_ctx"], memory), clipped=True)
+    return Budget(byte_size(sized["size"]) if sized["size"] else None, sized["bpw"])
+
+
+def _of_recipe(
+    src: Path, path: Path, imatrix: Path | None, rounding: str | None
+) -> tuple[str, str, list[tuple[str, str]], list[str]]:
+    """A recipe's type, rounding, tensor types for this model, and what the user should know."""
+    from .allocate.recipe import applied, read_recipe, unlike
+    from .gguf_file import GgufFile
+    from .quantize import anchored, plan
+
+    recipe = read_recipe(path)
+    quantized = [t.name for t in plan(src, "Q4_K_M").tensors if t.type != t.from_type or t.wanted]
+    types = applied(recipe, GgufFile(src), quantized)
+    return recipe.type, rounding or recipe.rounding, anchored(types), unlike(recipe, types, imatrix, rounding)
 
 
 @cli.command()
@@ -352,9 +491,27 @@ for command in (doctor, bench, ollama, chat, serve, web):
 
 def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: int, format: str | None) -> Callable[[Any], Any]:
     """What makes chunks of the texts named, or of the default corpus, with a model's own tokenizer and prompt format."""
+    from . import corpus
+    from .texts import calibration_texts
+
+    sources, dialogues = _sources(gguf, texts, format)
+
+    def chunks(model: Any) -> Any:
+        return corpus.chunks(
+            sources or (calibration_texts() if split == "calibration" else [corpus.peoples_daily("held-out")]),
+            lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
+            n_ctx,
+            n_chunks,
+            split if not sources else None,
+        )
+
+    return chunks
+
+
+def _sources(gguf: Path, texts: Sequence[str], format: str | None) -> tuple[list[Any], bool]:
+    """The texts named, conversations in the model's prompt format; and whether special tokens in them are meant."""
     from . import corpus, prompts
     from .gguf_file import GgufFile
-    from .texts import calibration_texts
 
     fields = GgufFile(gguf).fields
     jinja = prompts.named(format).jinja if format else prompts.template_of(fields)
@@ -368,18 +525,7 @@ def _text(gguf: Path, texts: Sequence[str], split: str, n_chunks: int, n_ctx: in
     render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
     sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
-    dialogues = any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
-
-    def chunks(model: Any) -> Any:
-        return corpus.chunks(
-            sources or (calibration_texts() if split == "calibration" else [corpus.peoples_daily("held-out")]),
-            lambda text: model.tokenize(text, add_special=True, parse_special=dialogues),
-            n_ctx,
-            n_chunks,
-            split if not sources else None,
-        )
-
-    return chunks
+    return sources, any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)
 
 
 def _wish(text: str) -> tuple[str, str]:

@@ -55,6 +55,22 @@ def choose_context(file: GgufFile, wanted: int | None = None, free: int | None =
     return Context(n_ctx, tuple(notes))
 
 
+def room_for_weights(file: GgufFile, n_ctx: int | None = None, memory: int | None = None) -> int:
+    """Bytes that a file of this model may have to run in `memory` (None = what is free here) with a context of `n_ctx` tokens.
+
+    n_ctx: None = the model's own, at most MAX_CTX. Raises NoSpace when the context alone takes it all.
+    """
+    memory = free_memory() if memory is None else memory
+    n_ctx = n_ctx or min(file.n_ctx or MAX_CTX, MAX_CTX)
+    context = cache_bytes(file) * n_ctx + _buffers(file)
+    if context >= memory:
+        raise NoSpace(
+            f"a context of {n_ctx} tokens takes {decimal(context)} of {decimal(memory)} of memory. Give more, or try a "
+            "smaller --ctx."
+        )
+    return memory - context
+
+
 def cache_bytes(file: GgufFile) -> int:
     """Bytes of keys and values of one token, as float16; 0 when the metadata do not say it."""
     return 2 * file.kv_width

@@ -116,7 +116,7 @@ def evaluate(
                     if base and of_model is scores[0] and not stored:
                         base_log_probs = part - log_sum_exp(part)[:, None].astype(np.float32)
 
-        _share_out(measure, models, n_chunks, threads or physical_cores(), gone, progress)
+        share_out(measure, models, n_chunks, threads or physical_cores(), gone, progress)
         n_bytes = sum(len(first.piece(int(t))) for t in chunks.tokens[:, n_ctx // 2 + 1 :].ravel())
     of_base = known or (scores[0] if base else None)
     name = base.name if base else logits.name if stored and logits else None
@@ -131,7 +131,7 @@ def evaluate(
     )
 
 
-def _share_out(
+def share_out(
     measure: Callable[[int, Sequence[Model]], None],
     models: Sequence[Model],
     n_chunks: int,

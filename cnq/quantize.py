@@ -2,7 +2,8 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -75,10 +76,24 @@ def plan(
     embedding_type: str | None = None,
     pure: bool = False,
     allow_requantize: bool = False,
+    rounding: str | None = None,
 ) -> Plan:
     """What `quantize` would do with the same arguments. Raises what it would raise before it starts."""
+    statistics = statistics_for(src, imatrix, rounding)
+    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics)
     with Quantizer(src) as child:
-        return _prepare(child, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)[0]
+        return _prepare(child, *arguments)[0]
+
+
+def plans(src: Path, types: Sequence[str], *, imatrix: Path | None = None, rounding: str | None = None) -> list[Plan]:
+    """`plan` for several types, by one process. Types that the imatrix does not suffice for are left out."""
+    statistics = statistics_for(src, imatrix, rounding)
+    found = []
+    with Quantizer(src) as child:
+        for type in types:
+            with suppress(ImatrixRequired):
+                found.append(_prepare(child, type, imatrix, (), None, None, False, False, statistics)[0])
+    return found
 
 
 def quantize(
@@ -108,14 +123,12 @@ def quantize(
     Raises GgufError, ImatrixRequired, QuantizeError, StatisticsError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
-    statistics = _statistics(src, imatrix, rounding)
+    statistics = statistics_for(src, imatrix, rounding)
+    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics)
     with Quantizer(src) as child:
-        planned, fields = _prepare(child, type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize)
+        planned, fields = _prepare(child, *arguments)
         types = {t.name: TYPE_BY_NAME[t.type] for t in planned.tensors}
-        folder = None
-        if statistics:
-            folder = statistics.folder
-            fields |= _rounding_fields(statistics)
+        folder = statistics.folder if statistics else None
         with replacing(dst, force=force, need=planned.nbytes) as partial:
             outcomes = child.round(
                 partial, types, fields, imatrix=imatrix, statistics=folder, threads=threads, progress=progress
@@ -134,8 +147,8 @@ def quantize(
     )
 
 
-def _statistics(src: Path, imatrix: Path | None, rounding: str | None) -> Statistics | None:
-    """Those to round by; None = plainly."""
+def statistics_for(src: Path, imatrix: Path | None, rounding: str | None) -> Statistics | None:
+    """Those that `quantize` rounds by with these arguments; None = plainly. Raises StatisticsError."""
     if rounding not in (None, "compensated", "plain"):
         raise QuantizeError(f"unknown rounding {rounding}; there is compensated and plain.")
     if rounding == "plain":
@@ -183,6 +196,7 @@ def _prepare(
     embedding_type: str | None,
     pure: bool,
     allow_requantize: bool,
+    statistics: Statistics | None,
 ) -> tuple[Plan, dict[str, str | int]]:
     """The plan, and the metadata that the file gets besides its source's."""
     src = child.src
@@ -214,6 +228,8 @@ def _prepare(
     fields: dict[str, str | int] = {"general.quantization_version": _QUANTIZATION_VERSION, "general.file_type": offered[type]}
     if imatrix and importance:
         fields |= _imatrix_fields(imatrix, importance)
+    if statistics:
+        fields |= _rounding_fields(statistics)
     return _plan(type, file, choices, fields, importance), fields
 
 
@@ -255,6 +271,11 @@ def _require_same_model(src: Path, imatrix: Path | None, file: GgufFile, importa
             )
 
 
+def anchored(types: Mapping[str, str]) -> list[tuple[str, str]]:
+    """tensor_types of `quantize` for tensors by name."""
+    return [(f"^{re.escape(name)}$", type) for name, type in types.items()]
+
+
 def _anchored(type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
     """One override for each tensor that llama.cpp would quantize: the user's, or its own choice.
 
@@ -276,8 +297,8 @@ def _anchored(type: str, stock: list[Choice], file: GgufFile, wishes: Sequence[t
         if choice.type == file.tensors[choice.name].type and choice.wanted is None:
             continue  # norms and vectors, which llama.cpp leaves alone
         wish = next((t for pattern, t in wishes if re.search(pattern, choice.name)), choice.type.name)
-        overrides.append((f"^{re.escape(choice.name)}$", wish))
-    return overrides
+        overrides.append((choice.name, wish))
+    return anchored(dict(overrides))
 
 
 def _require_imatrix(src: Path, type: str, choices: list[Choice], importance: Importance | None) -> None:

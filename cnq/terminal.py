@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from .allocate.gate import Sized
+    from .allocate.search import Allocation
     from .bench import Bench
     from .build import Built, Made
     from .catalog import Model
@@ -183,6 +185,39 @@ def show_quantized(result: "Quantized") -> None:
         f"{result.path}: {result.type}, {result.bits_per_weight:.2f} bits/weight, "
         f"{size(result.nbytes_before)} → {size(result.nbytes)} in {result.seconds:.1f} s"
     )
+
+
+def show_allocation(found: "Allocation") -> None:
+    count: dict[str, int] = {}
+    for type in found.types.values():
+        count[type] = count.get(type, 0) + 1
+    click.echo(
+        f"{found.nbytes} bytes of {found.budget} ({100 * found.nbytes / found.budget:.2f} %), {found.bits_per_weight:.3f} "
+        f"bits/weight, {found.rounding} rounding: " + ", ".join(f"{n} × {type}" for type, n in sorted(count.items()))
+    )
+    stock = ends = ""
+    if found.predicted_stock is not None and found.ends_stock is not None:
+        stock, ends = f" ({found.type}: {found.predicted_stock:.4f})", f" ({found.type}: {100 * found.ends_stock[0]:.0f} %)"
+    click.echo(f"predicted KLD {found.predicted:.4f}{stock}, within {100 * found.gap:.4f} % of the least that can be predicted")
+    click.echo(f"embedding and output have {100 * found.ends[0]:.0f} % of the bytes{ends}")
+    click.echo("seconds: " + ", ".join(f"{stage} {s:.1f}" for stage, s in found.seconds.items()))
+
+
+def show_sized(result: "Sized") -> None:
+    show_allocation(result.allocation)
+    rows = []
+    for c in result.contenders:
+        figures = ("", "", "")
+        if c.kld is not None:
+            figures = (f"{c.kld:.5f} ± {c.error:.5f}", f"{c.median:.5f}", f"{c.top:.2f} %")
+        rows.append((c.name, c.rounding, str(c.nbytes), *figures, "kept" if c.kept else "" if c.fits else "too large"))
+    table(("", "rounding", "bytes", "mean KLD", "median", "same top", ""), rows)
+    if p := result.compared:
+        click.echo(f"allocation / {result.contenders[1].name}, plain: {p.kld.value:.3f} [{p.kld.low:.3f}, {p.kld.high:.3f}]")
+    show_manifest(result.held_out)
+    click.echo(f"{result.path}: {size(result.nbytes)}, {result.kept}")
+    if result.recipe:
+        click.echo(f"recipe  {result.recipe}")
 
 
 def show_collected(found: "Collected") -> None:

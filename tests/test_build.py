@@ -12,6 +12,7 @@ import tiny
 import tiny_lora
 from click.testing import CliRunner
 
+from cnq.allocate.search import Budget
 from cnq.build import build
 from cnq.cli import cli
 from cnq.convert import convert
@@ -105,6 +106,27 @@ def test_compensated_rounding_is_compared_with_plain_and_kept(model, tmp_path):
     assert "cnq.rounding.method" not in GgufFile(plain.result).fields
     assert kept == ["my-model-F16.gguf"]
     assert json.loads(plain.report.read_text())["compensation"] == []
+
+
+def test_a_size_is_met_judged_reported_and_kept(model, tmp_path):
+    out = tmp_path / "out"
+    options = {"budget": Budget(bits=5.0), "effort": "fast", "chunks": 2, "eval_chunks": 4, "rounding": "plain"}
+    built, _ = run(model, out, (), **options)
+    result = built.files[-1]
+    assert result.path.name == "my-model-5bpw-im.gguf"
+    assert result.bits_per_weight <= 5.0
+    assert result.sizing.compared.kld.low <= result.sizing.compared.kld.value
+    assert {c.rounding for c in result.sizing.contenders} == {"plain"}
+    if result.sizing.kept == "allocation":
+        assert (out / "my-model-5bpw-im.recipe.toml").exists()
+    report = json.loads(built.report.read_text())
+    assert report["files"][0]["sizing"]["budget"] == result.sizing.budget
+    page = (out / "report.html").read_text()
+    assert "Types chosen for a size" in page
+    assert "按大小选类型" in page
+    again, kept = run(model, out, (), **options)
+    assert again.files[-1].sizing == result.sizing
+    assert kept[-2:] == ["my-model-5bpw-im.gguf", "report.json"]
 
 
 def test_lost_second_moments_are_collected_again(model, tmp_path):

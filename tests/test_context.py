@@ -83,3 +83,13 @@ def test_a_container_has_less_memory_than_its_machine(tmp_path, monkeypatch):
     assert machine.free_memory() == 30 * MB
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory() > 100 * MB
+
+
+def test_what_memory_leaves_for_the_weights(long_file):
+    context_bytes = 2000 * cache_bytes(long_file) + context._buffers(long_file)
+    assert context.room_for_weights(long_file, 2000, 1 << 30) == (1 << 30) - context_bytes
+    own = context.room_for_weights(long_file, None, 1 << 30)
+    assert own == (1 << 30) - context.MAX_CTX * cache_bytes(long_file) - context._buffers(long_file)
+    assert choose_context(long_file, free=1 << 40).n_ctx == context.MAX_CTX, "as a chat chooses it"
+    with pytest.raises(NoSpace, match="smaller --ctx"):
+        context.room_for_weights(long_file, 2000, context_bytes)

@@ -63,6 +63,7 @@ class Model:
         n_threads: int = 0,
         tuned: Tuned = PLAIN,
         exact: bool = False,
+        writable: bool = False,
         watch: Callable[[ggml.Tensor, bool], bool] | None = None,
         stop: Callable[[], bool] | None = None,
     ):
@@ -70,6 +71,7 @@ class Model:
 
         tuned: how to run it, e.g. tuning.best(path). n_threads: wins over tuned's; 0 = tuned's.
         exact: attention in float32, to compare with other implementations; llama.cpp's own choice rounds to float16.
+        writable: the weights lie in this process's own memory, in the file's form: for weights.Weights.
         watch: llama.cpp's evaluation callback. Asked (tensor, True) whether a result is wanted; shown it with False, it
         may return False to end the pass. What it raises comes out of the call that ran the pass.
         stop: asked after every operation whether to give up, in the thread that computes; the pass then raises EngineError.
@@ -81,8 +83,9 @@ class Model:
         self.path, self.fields, self._file = path, file.fields, file
         self._ctx, self._forked = None, False
         params = lib.llama_model_default_params()
-        params.use_extra_bufts = tuned.repack and not _AMX
-        params.load_mode = lib.LLAMA_LOAD_MODE_MMAP_MLOCK if tuned.mlock else lib.LLAMA_LOAD_MODE_AUTO
+        params.use_extra_bufts = tuned.repack and not _AMX and not writable
+        mapped = lib.LLAMA_LOAD_MODE_MMAP_MLOCK if tuned.mlock else lib.LLAMA_LOAD_MODE_AUTO
+        params.load_mode = lib.LLAMA_LOAD_MODE_NONE if writable else mapped
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
             raise EngineError(f"llama.cpp cannot load {path}: {_complaint()}")

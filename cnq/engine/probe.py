@@ -14,8 +14,10 @@ import llama_cpp.llama_cpp as lib
 from ..errors import EngineError
 from ..gguf_file import F32, TYPE_BY_NAME
 from .child import Tell, serve
+from .ggml import Tensor
 
 _COLUMNS = 4096  # as in a 7B model
+_MANY_ROWS, _TOKENS = 256, 512
 _ROUNDS = 7
 _ROOM = 16 << 20  # bytes for what ggml needs besides the weights
 
@@ -44,6 +46,14 @@ _graph = _function("ggml_new_graph", _P, _P)
 _expand = _function("ggml_build_forward_expand", None, _P, _P)
 _compute = _function("ggml_graph_compute_with_ctx", ctypes.c_int, _P, _P, ctypes.c_int)
 _version = _function("ggml_version", ctypes.c_char_p)
+_device = _function("ggml_backend_dev_by_type", _P, ctypes.c_int)
+_registry = _function("ggml_backend_dev_backend_reg", _P, _P)
+_procedure = _function("ggml_backend_reg_get_proc_address", _P, _P, ctypes.c_char_p)
+_place = _function("ggml_backend_buft_alloc_buffer", _P, _P, ctypes.c_size_t)
+_place_name = _function("ggml_backend_buft_name", ctypes.c_char_p, _P)
+_displace = _function("ggml_backend_buffer_free", None, _P)
+_supports = _function("ggml_backend_dev_supports_op", ctypes.c_bool, _P, _P)
+_CPU = 0  # ggml-backend.h, GGML_BACKEND_DEVICE_TYPE_CPU
 
 
 def _build(tell: Tell) -> dict[str, str]:
@@ -70,6 +80,34 @@ def _read(tell: Tell, types: list[str], nbytes: int, threads: int) -> dict[str, 
         return {type: size / statistics.median(seconds[type][1:]) for type, (_, _, size) in products.items()}
 
 
+def _repacked(tell: Tell) -> list[str]:
+    """Types of weights that llama.cpp rearranges for this processor when it loads them, which makes their products faster.
+
+    Asked as llama.cpp asks itself (src/llama-model-loader.cpp, weight_buft_supported): which products the device does with
+    weights in the buffers that it offers for that.
+    """
+    device = _device(_CPU)
+    address = _procedure(_registry(device), b"ggml_backend_dev_get_extra_bufts")
+    offered = ctypes.CFUNCTYPE(ctypes.POINTER(_P), _P)(address)(device) if address else None
+    kinds: list[int] = []
+    while offered and offered[len(kinds)]:  # ended by a null
+        kinds.append(offered[len(kinds)])
+    found = []
+    for type in TYPE_BY_NAME.values():
+        context = _init(_InitParams(_ROOM, None, True))
+        weights = _tensor(context, type.id, _COLUMNS, _MANY_ROWS)
+        product = _mul_mat(context, weights, _tensor(context, F32.id, _COLUMNS, _TOKENS))
+        for kind in kinds:
+            if b"REPACK" in _place_name(kind):
+                held = Tensor.from_address(weights)
+                held.buffer = _place(kind, 0)
+                if _supports(device, product):
+                    found.append(type.name)
+                _displace(held.buffer)
+        _free(context)
+    return found
+
+
 @contextmanager
 def _product(type: str, nbytes: int) -> Iterator[tuple[int, int, int]]:
     """A matrix of about `nbytes` to be multiplied with a vector: (ggml's context, its graph, the matrix's bytes)."""
@@ -88,4 +126,4 @@ def _product(type: str, nbytes: int) -> Iterator[tuple[int, int, int]]:
 
 
 if __name__ == "__main__":
-    serve({"build": _build, "read": _read})
+    serve({"build": _build, "read": _read, "repacked": _repacked})

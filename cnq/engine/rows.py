@@ -11,7 +11,7 @@ import llama_cpp.llama_cpp as lib
 import numpy as np
 
 from ..errors import EngineError
-from ..gguf_file import F32, TensorType
+from ..gguf_file import F32, TYPE_BY_NAME, TYPES, TensorType
 
 
 class _Traits(ctypes.Structure):
@@ -28,7 +28,20 @@ class _Traits(ctypes.Structure):
     ]
 
 
+class _CpuTraits(ctypes.Structure):
+    """struct ggml_type_traits_cpu (ggml/include/ggml-cpu.h)."""
+
+    _fields_ = [
+        ("from_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+        ("vec_dot", ctypes.c_void_p),
+        ("vec_dot_type", ctypes.c_int),
+        ("nrows", ctypes.c_int64),
+    ]
+
+
 # Looked up through libllama's handle: see ggml.py.
+_cpu_traits = lib._lib.ggml_get_type_traits_cpu
+_cpu_traits.restype, _cpu_traits.argtypes = ctypes.POINTER(_CpuTraits), [ctypes.c_int]
 _type_traits = lib._lib.ggml_get_type_traits
 _type_traits.restype, _type_traits.argtypes = ctypes.POINTER(_Traits), [ctypes.c_int]
 _quantize_chunk = lib._lib.ggml_quantize_chunk
@@ -82,3 +95,33 @@ def encode(values: np.ndarray, type: TensorType, weights: np.ndarray | None, out
 def is_sound(data: np.ndarray, type: TensorType) -> bool:
     """Whether no number in the stored rows is NaN or infinite, as far as llama.cpp looks. data: contiguous."""
     return bool(_validate(type.id, data.ctypes.data, data.nbytes))
+
+
+# What llama.cpp rounds the other side of a product to (ggml-common.h, block_q8_K).
+_Q8_K = np.dtype([("d", "<f4"), ("qs", "i1", 256), ("bsums", "<i2", 16)])
+
+
+def input_type(type: TensorType) -> TensorType:
+    """The form that llama.cpp brings the inputs of a matrix of this type into before it multiplies, on this processor."""
+    return TYPES[_cpu_traits(type.id).contents.vec_dot_type]
+
+
+def rounded_inputs(values: np.ndarray, type: TensorType) -> np.ndarray:
+    """Inputs (n, columns) float32 of a matrix of `type` as its product sees them, float32 again.
+
+    With the K and IQ types 256 numbers share a scale, with Q8_0 and the like 32: an outlier among them costs the others
+    their digits. Q8_1 rounds as Q8_0 does. For float types the inputs are returned as they are.
+    """
+    form = input_type(type).name
+    if form == "Q8_K":
+        blocks = np.empty(values.size // 256, _Q8_K)
+        values = np.ascontiguousarray(values, np.float32)
+        _cpu_traits(input_type(type).id).contents.from_float(values.ctypes.data, blocks.ctypes.data, values.size)
+        return (blocks["qs"] * blocks["d"][:, None]).reshape(values.shape)
+    if form in ("Q8_0", "Q8_1"):
+        q8_0 = TYPE_BY_NAME["Q8_0"]
+        values = np.ascontiguousarray(values, np.float32)
+        codes = np.empty(values.size // q8_0.block * q8_0.size, np.uint8)
+        encode(values, q8_0, None, codes)
+        return decode(codes.reshape(len(values), -1), q8_0, np.empty(values.size, np.float32))
+    return values

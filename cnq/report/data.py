@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from ..allocate.gate import Contender
 from ..corpus import Used
 from ..engine.quantizer import Outcome
 from ..evaluate import Measured
-from ..gguf_file import GgufFile, TensorInfo
+from ..gguf_file import GgufFile
 from ..machine import Machine
 from ..paired import Paired
 from ..scores import Estimate
@@ -21,20 +22,23 @@ from ..speed import Speed
 KLD_BOUND = 0.05
 NONE = "–"
 ROLES = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
-ENDS = ("token_embd", "output")
 _MATRIX = re.compile(r"blk\.(\d{1,6})\.(.+)\.weight")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One GGUF of the report. type: e.g. "Q4_K_M". imatrix: whether one weighed the rounding. measured, speed: None = not."""
+    """One GGUF of the report. type: e.g. "Q4_K_M". imatrix: whether one weighed the rounding. measured, speed: None = not.
+
+    sizing: how it was made to fit a size; None: it has the types of llama.cpp's mixture.
+    """
 
     path: Path
     type: str
     imatrix: bool
     measured: Measured | None
     speed: Speed | None
+    sizing: "Sizing | None" = None
 
     @cached_property
     def file(self) -> GgufFile:
@@ -66,6 +70,27 @@ class Subject:
             count[t.type.name] += 1
             size[t.type.name] += t.nbytes
         return {name: (count[name], nbytes) for name, nbytes in size.most_common()}
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """A file made to fit a size. kept: "allocation", or the stock mixture that was better on the held-out text.
+
+    budget: bytes. predicted: KLD by the model of sensitivities. gap: to the least that can be predicted, relative. ends: share
+    of embedding and output in the bytes. contenders: the files that were measured, compared: the allocation against the stock
+    mixture nearest in size, rounded plainly; None = not measured.
+    """
+
+    path: Path
+    kept: str
+    budget: int
+    predicted: float
+    gap: float
+    ends: float
+    contenders: tuple[Contender, ...]
+    compared: Paired | None
+    held_out: tuple[Used, ...]
+    seconds: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -153,16 +178,6 @@ def choose(report: Report) -> Choice | None:
         if kld.value + 2 * kld.error <= KLD_BOUND:
             return Choice(subject, kld, True)
     return Choice(*min(known, key=lambda pair: pair[1].value), False) if known else None
-
-
-def place(tensor: TensorInfo) -> tuple[str, int | None] | None:
-    """Where a matrix stands: (role, layer), (name, None) at the model's ends; None for norms, biases and the like."""
-    if len(tensor.shape) < 2:
-        return None
-    if m := _MATRIX.fullmatch(tensor.name):
-        return m[2], int(m[1])
-    name = tensor.name.removesuffix(".weight")
-    return (name, None) if name in ENDS else None
 
 
 # Figures

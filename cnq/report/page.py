@@ -9,11 +9,11 @@ from math import isfinite
 
 import numpy as np
 
+from ..allocate.groups import ENDS, place
 from ..files import decimal
 from ..imatrix_file import Importance
 from .compensation import compensations
 from .data import (
-    ENDS,
     KLD_BOUND,
     NONE,
     ROLES,
@@ -22,7 +22,6 @@ from .data import (
     Subject,
     clean,
     number,
-    place,
     with_error,
 )
 from .pieces import both, e, section, table
@@ -37,6 +36,7 @@ from .plots import (
     size_against_kld,
     type_map,
 )
+from .sizing import sizings
 from .words import SCRIPT, STYLE, TERMS
 
 
@@ -58,6 +58,7 @@ def page(report: Report, choice: Choice | None, importance: Importance | None) -
             section("files", "各个文件", "The files"),
             _files(report, choice),
             *_plot(report),
+            *sizings(report),
             *compensations(report),
             *_types(report, choice),
             *_importance(report, importance),
@@ -200,10 +201,19 @@ def figures(s: Subject) -> list[str]:
 
 def _plot(report: Report) -> list[str]:
     points = [
-        Point(s.label, s.nbytes, s.kld.value, s.kld.error, s.imatrix) for s in report.by_size if s.kld and isfinite(s.kld.value)
+        Point(s.label, s.nbytes, s.kld.value, s.kld.error, s.imatrix, bool(s.sizing))
+        for s in report.by_size
+        if s.kld and isfinite(s.kld.value)
     ]
     if not points:
         return []
+    lines = ""
+    if any(p.sized for p in points):
+        lines = both(
+            "方块是按大小选类型的文件，圆点是 llama.cpp 现成的搭配；线把同类的连起来。",
+            "Squares are files whose types were chosen for a size, circles llama.cpp's own mixtures; lines join each kind.",
+            "p",
+        )
     return [
         section("plot", "大小与损失", "Size against loss"),
         both(
@@ -214,6 +224,7 @@ def _plot(report: Report) -> list[str]:
             "ones without.",
             "p",
         ),
+        lines,
         f"<figure class=plot>{size_against_kld(points, KLD_BOUND, 'size against mean KLD')}</figure>",
     ]
 

@@ -37,13 +37,14 @@ _LEVELS = 24
 
 @dataclass(frozen=True)
 class Point:
-    """A file: size in bytes, mean KLD and its standard error in nats. filled: with an imatrix."""
+    """A file: size in bytes, mean KLD and its standard error in nats. filled: with an imatrix. sized: made to fit one."""
 
     label: str
     nbytes: int
     kld: float
     error: float
     filled: bool
+    sized: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,14 @@ def size_against_kld(points: Sequence[Point], bound: float, label: str) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.15, color=_INK)
         axes.axhline(bound, color=_INK, alpha=0.6, linewidth=1, linestyle=(0, (4, 3)))
+        for sized in (False, True) if any(p.sized for p in points) else ():
+            line = sorted((p.nbytes / unit, p.kld) for p in points if p.sized == sized)
+            axes.plot(*zip(*line, strict=True), color=_ACCENT, linewidth=0.8, linestyle="-" if sized else ":")
         for p in points:
             fill = _ACCENT if p.filled else "none"
             axes.errorbar(
-                p.nbytes / unit, p.kld, yerr=p.error, fmt="o", color=_ACCENT, markerfacecolor=fill, markersize=7, capsize=4,
+                p.nbytes / unit, p.kld, yerr=p.error, fmt="s" if p.sized else "o", color=_ACCENT, markerfacecolor=fill,
+                markersize=7, capsize=4,
                 elinewidth=1.2,
             )  # fmt: skip
         axes.margins(x=0.15, y=0.15)

@@ -107,6 +107,7 @@ def _subject(s: Subject) -> dict[str, Any]:
         "tensor_types": {name: {"tensors": n, "nbytes": nbytes} for name, (n, nbytes) in s.tensor_types.items()},
         "measured": _measured(s.measured) if s.measured else None,
         "speed": asdict(s.speed) if s.speed else None,
+        "sizing": asdict(s.sizing) | {"path": s.sizing.path.name} if s.sizing else None,
     }
 
 
