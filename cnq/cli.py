@@ -247,7 +247,7 @@ def quantize(
             wishes += types
             for note in told:
                 click.echo(f"note: {note}", err=True)
-        assert type
+        assert type is not None
         if dry_run:
             terminal.emit(plan(src, type, tensor_types=wishes, **options), as_json, terminal.show_plan)
             return
