@@ -1,18 +1,12 @@
-"""The whole road: checkpoint → F16 GGUF → importance matrix → quantized GGUFs → Modelfile → report, resumed where it stopped.
+"""The whole road: checkpoint → F16 GGUF → importance matrix → quantized GGUFs → Modelfile → report, resumable."""
 
-Beside each output stands <output>.made.json: what it was made from. A step whose record still holds is skipped.
-"""
-
-import json
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from . import catalog, corpus
 from .checkpoint.meta_tokenizer import folder_of
@@ -21,7 +15,7 @@ from .corpus import Chunks, Source, Used, peoples_daily
 from .engine.model import Model
 from .engine.quantizer import Outcome
 from .evaluate import evaluate
-from .files import replacing, require_memory, require_space, sha256
+from .files import require_memory, require_space
 from .gguf_file import GgufFile
 from .hessian_file import beside, is_complete, manifest_path
 from .imatrix import collect
@@ -31,10 +25,10 @@ from .paired import Paired, compare
 from .quantize import ALIASES, quantize
 from .report import Compensation, Report, Subject, write_report
 from .speed import measure_speed
+from .steps import Done, files_of, named, record_path, step, versions
 from .texts import calibration_texts, unlike_texts
 from .to_hf import to_hf
 
-RECORD = ".made.json"
 _ROUNDED_ALIKE = ("Q8_0", "F16", "BF16", "F32")  # an importance matrix changes nothing in these
 _DOMAIN_SHARE = 4  # of the chunks that a build measures on, each text unlike the calibration's gets a quarter more
 N_CTX = 512  # tokens of a chunk, llama-imatrix's and llama-perplexity's own
@@ -151,30 +145,30 @@ def _require_memory(gguf: Path) -> None:
 
 
 def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar(f"{gguf.name} → {folder.name}/", "bytes") as tick:
             to_hf(gguf, folder, force=True, progress=tick)
-        return _Done()
+        return Done()
 
-    _step(folder, _named(gguf), {}, work, progress)
+    step(folder, named(gguf), {}, work, progress.skipped)
     return folder
 
 
 def _converted(
     source: Path, loras: Sequence[Path], dst: Path, dtype: str, name: str, format: str | None, progress: Progress
 ) -> Made:
-    def work() -> _Done:
+    def work() -> Done:
         task = f"merging {len(loras)} LoRAs and converting" if loras else "converting"
         with progress.bar(f"{task} to {dtype.upper()}", "bytes") as tick:
             found = convert(source, dst, dtype=dtype, name=name, format=format, loras=loras, force=True, progress=tick)
-        return _Done(found.notes)
+        return Done(found.notes)
 
-    inputs = _files(source)
+    inputs = files_of(source)
     if folder_of(source) == source.parent:
-        inputs |= _named(source.parent / "tokenizer.model")
+        inputs |= named(source.parent / "tokenizer.model")
     for number, lora in enumerate(loras, 1):
-        inputs |= {f"lora {number}/{name}": file for name, file in _files(lora).items()}
-    seconds, done = _step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
+        inputs |= {f"lora {number}/{name}": file for name, file in files_of(lora).items()}
+    seconds, done = step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress.skipped)
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
 
@@ -189,18 +183,18 @@ def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, t
     """The importance matrix, and beside it second moments, from the calibration half of the default corpus."""
     hessian = rounding == "compensated"
     if hessian and not is_complete(beside(dst)):
-        _record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
+        record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar("calibrating", "chunks") as tick:
             text = _text(calibration_texts(), "calibration", chunks)
             found = collect(
                 src, text, dst, n_ctx=N_CTX, hessian=hessian, hessian_memory=memory, threads=threads, force=True, progress=tick
             )
-        return _Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
+        return Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
 
     options = {"chunks": chunks, "n_ctx": N_CTX, "hessian": hessian}
-    seconds, done = _step(dst, _named(src), options, work, progress)
+    seconds, done = step(dst, named(src), options, work, progress.skipped)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
 
 
@@ -227,7 +221,7 @@ def _reported(
     """Measure every quantized file against the float one, time them, and write the report."""
     base, *quantized = made
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar("measuring", "chunks") as tick:
             found = evaluate(
                 [m.path for m in quantized],
@@ -263,17 +257,17 @@ def _reported(
                 format=format,
                 licence=entry.licence,
                 source=_source(entry),
-                versions=_versions(),
+                versions=versions(),
                 machine=this_machine(),
                 seconds={k: v for k, v in took.items() if v} | {"measuring": found.seconds},
                 compensations=compensations,
             ),
             dst.parent,
         )
-        return _Done()
+        return Done()
 
-    inputs = _named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
-    _step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
+    inputs = named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
+    step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress.skipped)
     return dst
 
 
@@ -325,100 +319,17 @@ def _quantized(
     rounding = rounding if imatrix else "plain"
     dst = folder / f"{title}-{type}{'-im' if imatrix else ''}.gguf"
 
-    def work() -> _Done:
+    def work() -> Done:
         with progress.bar(f"quantizing to {type}", "tensors") as tick:
             found = quantize(
                 src, dst, type, imatrix=imatrix, rounding=rounding, threads=threads, force=True,
                 progress=lambda _, i, n: tick(i, n),
             )  # fmt: skip
-        return _Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
+        return Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
 
-    inputs = _named(src, imatrix) if imatrix else _named(src)
+    inputs = named(src, imatrix) if imatrix else named(src)
     if imatrix and rounding == "compensated":
         inputs |= {"second moments": manifest_path(beside(imatrix))}
-    seconds, done = _step(dst, inputs, {"type": type, "rounding": rounding}, work, progress)
+    seconds, done = step(dst, inputs, {"type": type, "rounding": rounding}, work, progress.skipped)
     outcomes = tuple(Outcome(**outcome) for outcome in done.facts["compensation"])
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes, outcomes)
-
-
-@dataclass(frozen=True)
-class _Done:
-    """What a step leaves in its record besides: notes for the user, facts for later steps."""
-
-    notes: tuple[str, ...] = ()
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
-def _step(
-    output: Path, inputs: dict[str, Path], options: dict[str, Any], work: Callable[[], _Done], progress: Progress
-) -> tuple[float | None, _Done]:
-    """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded.
-
-    inputs: by the names that the record knows them by, wherever they are.
-    """
-    if (record := _current_record(output, inputs, options)) is not None:
-        progress.skipped(output)
-        return None, record
-    started = time.perf_counter()
-    done = work()
-    content = {
-        "inputs": {name: {"stamp": _stamp(p), "sha256": sha256(p)} for name, p in inputs.items()},
-        "options": options,
-        "versions": _versions(),
-        "notes": done.notes,
-        "facts": done.facts,
-        "output": _stamp(output),
-    }
-    with replacing(_record_path(output), force=True) as partial:
-        partial.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-    return time.perf_counter() - started, done
-
-
-# Records
-
-
-def _named(*paths: Path) -> dict[str, Path]:
-    return {p.name: p for p in paths}
-
-
-def _files(place: Path) -> dict[str, Path]:
-    """The files of a directory, or the one file."""
-    return _named(place) if place.is_file() else _named(*(f for f in sorted(place.iterdir()) if f.is_file()))
-
-
-def _record_path(output: Path) -> Path:
-    return output.with_name(output.name + RECORD)
-
-
-def _versions() -> dict[str, str]:
-    return {name: version(name) for name in ("cnq", "llama-cpp-python", "gguf")}
-
-
-def _stamp(path: Path) -> list[int]:
-    stat = path.stat()
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _current_record(output: Path, inputs: dict[str, Path], options: dict[str, Any]) -> _Done | None:
-    """What the record of `output` says was done, if it was made from these inputs, with these options and versions, and was not
-    touched since.
-
-    An input with the size and time of the record is taken to be the same; with another time its digest decides.
-    """
-    try:
-        record = json.loads(_record_path(output).read_text(encoding="utf-8"))
-        known, done = record["inputs"], _Done(tuple(record["notes"]), record["facts"])
-        same = (
-            record["output"] == _stamp(output)
-            and record["options"] == options
-            and record["versions"] == _versions()
-            and known.keys() == inputs.keys()
-            and all(
-                known[name]["stamp"] == _stamp(p)
-                or (known[name]["stamp"][0] == p.stat().st_size and known[name]["sha256"] == sha256(p))
-                for name, p in inputs.items()
-            )
-        )
-    except (OSError, ValueError, KeyError, TypeError):  # no record, or a damaged one
-        return None
-    return done if same else None

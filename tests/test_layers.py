@@ -14,7 +14,8 @@ ORDER = [
     "logits_file", "prompts", "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora", "to_hf",
     "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired", "choices",
     "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params", "sessions",
-    "chat_terminal", "answer", "slots", "serve", "web", "ollama", "build", "terminal", "doctor_text", "cli", "__main__",
+    "chat_terminal", "answer", "slots", "serve", "web", "ollama", "steps", "build", "terminal", "doctor_text", "cli",
+    "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],

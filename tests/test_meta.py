@@ -14,13 +14,13 @@ from test_bad_input import JUNK, Malicious, damaged, edited, refused, run, with_
 from test_build import run as build
 from tiny_meta import torch
 
-from cnq.build import RECORD
 from cnq.checkpoint import open_checkpoint
 from cnq.checkpoint.digest import content_digest
 from cnq.checkpoint.meta_params import config_of, feed_forward
 from cnq.convert import convert
 from cnq.errors import CnqError, UnsupportedVocab
 from cnq.gguf_file import GgufFile
+from cnq.steps import RECORD
 from cnq.to_hf import to_hf
 
 GQA = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 128}
