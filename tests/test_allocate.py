@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from test_quantize import write_imatrix
 
 from cnq.allocate import measure as measuring
-from cnq.allocate.candidates import allowed_types, space
+from cnq.allocate.candidates import USUAL, allowed_types, space
 from cnq.allocate.gains import Prober, by_part, gains
 from cnq.allocate.groups import Part, grouped, parts
 from cnq.allocate.measure import CACHE, EFFORTS, Sensitivities, text_of
@@ -104,18 +104,10 @@ def test_a_budget_out_of_reach_is_refused_with_both_limits(model, found):
     least, most = found.limits
     for nbytes in (least - 1, most + 1):
         with pytest.raises(QuantizeError, match=f"from {least} .* to {most} "):
-            allocate(
-                model[0], Budget(nbytes), TEXT, imatrix=model[1], effort="fast", types=measuring_types(found), progress=QUIET
-            )
+            allocate(model[0], Budget(nbytes), TEXT, imatrix=model[1], effort="fast", types=USUAL, progress=QUIET)
     for nbytes in (least, most):
-        exact = allocate(
-            model[0], Budget(nbytes), TEXT, imatrix=model[1], effort="fast", types=measuring_types(found), progress=QUIET
-        )
+        exact = allocate(model[0], Budget(nbytes), TEXT, imatrix=model[1], effort="fast", types=USUAL, progress=QUIET)
         assert exact.nbytes == nbytes
-
-
-def measuring_types(found):
-    return ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 
 
 def test_unlimited_memory_takes_the_largest_file(model, found):

@@ -11,7 +11,8 @@ from ..files import decimal
 from ..gguf_file import TYPE_BY_NAME, GgufFile, TensorInfo, TensorType, padded
 from ..quantize import Plan
 
-USUAL = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+# Those with blocks of 32 are no better for the weights than K-types of their size, but for the inputs: see rows.rounded_inputs.
+USUAL = ("Q2_K", "Q3_K", "IQ4_XS", "Q4_K", "IQ4_NL", "Q4_1", "Q5_K", "Q5_0", "Q5_1", "Q6_K", "Q8_0")
 COARSE = ("IQ3_XXS", "IQ3_S")  # ten times slower to quantize to, and slow to run on a CPU: for the smallest sizes
 COARSE_BELOW = 3.6  # bits per weight
 NARROW = ("Q4_0", "IQ4_NL", "Q4_1", "Q5_0", "Q5_1", "Q8_0")  # blocks of 32, for rows that no block of 256 divides
