@@ -179,6 +179,15 @@ def _conversation(record: Any) -> list[Message]:
     return messages if fit else []
 
 
+def _shares(n: int, weights: Sequence[float]) -> list[int]:
+    """n in whole parts, as near to the weights as can be: the largest remainders are rounded up."""
+    exact = [n * weight / sum(weights) for weight in weights]
+    parts = [int(x) for x in exact]
+    for i in sorted(range(len(exact)), key=lambda i: parts[i] - exact[i])[: n - sum(parts)]:
+        parts[i] += 1
+    return parts
+
+
 def chunks(sources: Sequence[Source], tokenize: Tokenize, n_ctx: int, n_chunks: int | None, split: str | None = None) -> Chunks:
     """Cut the sources into chunks of `n_ctx` tokens, each source its share of `n_chunks`, in turns.
 
@@ -194,9 +203,7 @@ def chunks(sources: Sequence[Source], tokenize: Tokenize, n_ctx: int, n_chunks: 
         cut.append(ids[: len(ids) // n_ctx * n_ctx].reshape(-1, n_ctx))
     total = sum(len(c) for c in cut)
     if n_chunks is not None and len(sources) > 1:
-        weights = sum(s.weight for s in sources)
-        shares = [round(n_chunks * s.weight / weights) for s in sources]
-        cut = [c[:share] for c, share in zip(cut, shares, strict=True)]
+        cut = [c[:share] for c, share in zip(cut, _shares(n_chunks, [s.weight for s in sources]), strict=True)]
     order = sorted((i / len(c), n, i) for n, c in enumerate(cut) for i in range(len(c)))[:n_chunks]
     tokens = np.array([cut[n][i] for _, n, i in order], np.int32).reshape(-1, n_ctx)
     if len(tokens) < 2:

@@ -8,18 +8,20 @@ back, to judge by: of their rows x a sketch is kept, Σ s xᵀ with a column s o
 import ctypes
 import hashlib
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from .engine import ggml
 from .engine.model import Model
 from .errors import EngineError, NoSpace, StatisticsError
 from .files import decimal
 from .gguf_file import GgufFile
-from .hessian_file import SKETCH, Input, Source, Statistics, add_outer, parts, read_statistics
+from .hessian_file import SKETCH, Input, Source, Statistics, add_outer, add_sketch, parts, read_statistics
 from .machine import free_memory
 
 HELD_EVERY = 5  # of five chunks the last is held back; odd, so that two texts in turns both are
@@ -84,9 +86,9 @@ class Watching:
 class Sums:
     """The sums of a slice of inputs while the text runs."""
 
-    def __init__(self, inputs: dict[int, Input]):
-        """inputs: by their number, in the order of the graph."""
-        self.inputs = inputs
+    def __init__(self, inputs: dict[int, Input], pool: Executor):
+        """inputs: by their number, in the order of the graph. pool: computes, and goes best where BLAS has a single thread."""
+        self.inputs, self._pool = inputs, pool
         self.numbers = {n: np.zeros(i.nbytes // 4, np.float32) for n, i in inputs.items()}
         self.rows = {n: [0, 0] for n in inputs}
         self._by_weight: dict[str, list[int]] = {}
@@ -133,13 +135,21 @@ class Sums:
             )
         packed, held = parts(self.numbers[number], x.shape[1])
         if self._signs is None:
-            add_outer(packed, x)
+            add_outer(packed, x, self._pool)
         else:
-            held += self._signs[tokens].T @ x
+            add_sketch(held, self._signs[tokens], x, self._pool)
         self.rows[number][self._signs is not None] += len(x)
 
     def result(self) -> dict[int, tuple[np.ndarray, int, int]]:
         return {n: (self.numbers[n], self.rows[n][0], self.rows[n][1]) for n in self.inputs}
+
+
+@contextmanager
+def summing_threads(threads: int) -> Iterator[Executor]:
+    """Threads for Sums; BLAS has a single one meanwhile. Its own would wait for each other, and for llama.cpp's, by spinning:
+    on cores that other programs use too, ten times the time was seen."""
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
+        yield pool
 
 
 def signs(chunk: int, n_tokens: int) -> np.ndarray:

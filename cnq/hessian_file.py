@@ -8,7 +8,9 @@ are there to judge by. That is a little more than half of one symmetric matrix.
 import hashlib
 import json
 import zlib
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Executor
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -53,10 +55,24 @@ def block_rows(packed: np.ndarray, columns: int) -> Iterator[tuple[int, np.ndarr
         at += size
 
 
-def add_outer(packed: np.ndarray, x: np.ndarray) -> None:
-    """Add Σ x xᵀ over the rows of x (n, columns) float32."""
-    for start, rows in block_rows(packed, x.shape[1]):
+def add_outer(packed: np.ndarray, x: np.ndarray, pool: Executor) -> None:
+    """Add Σ x xᵀ over the rows of x (n, columns) float32. The same products whatever the threads of the pool."""
+
+    def add(block: tuple[int, np.ndarray]) -> None:
+        start, rows = block
         rows += x[:, start : start + len(rows)].T @ x[:, start:]
+
+    deque(pool.map(add, block_rows(packed, x.shape[1])), 0)
+
+
+def add_sketch(sketch: np.ndarray, signs: np.ndarray, x: np.ndarray, pool: Executor) -> None:
+    """Add signsᵀ x: signs (n, SKETCH), x (n, columns)."""
+
+    def add(start: int) -> None:
+        own = slice(start, start + _BLOCK)
+        sketch[:, own] += signs.T @ x[:, own]
+
+    deque(pool.map(add, range(0, x.shape[1], _BLOCK)), 0)
 
 
 def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +191,8 @@ def collect(
                 memory = hessian_memory or moments.default_memory(gguf)
                 statistics = moments.prepare(beside(dst), model, watching, chunks.tokens, datasets, n_ctx)
                 parts = moments.slices(statistics, memory)
-            _run(model, watching, chunks, collector, state, done, save_every, statistics, parts, progress)
+            with moments.summing_threads(model.n_threads) as pool:
+                _run(model, watching, chunks, collector, state, done, save_every, statistics, parts, pool, progress)
         if not collector.sums:
             raise GgufError(f"{gguf}: no matrix product of blk.* was seen. It is no model that cnq can calibrate.")
         importance = collector.importance(datasets, len(chunks.tokens), n_ctx)
@@ -222,6 +224,7 @@ def _run(
     save_every: int,
     statistics: Statistics | None,
     parts: list[list[int]],
+    pool: Executor,
     progress: Callable[[int, int], object],
 ) -> None:
     """Run the text: once for the importance matrix, from chunk `done` on, and for each part of the statistics from the start.
@@ -230,7 +233,7 @@ def _run(
     """
     n = len(chunks.tokens)
     for number in range(max(1, len(parts))):
-        sums = moments.Sums({i: statistics.inputs[i] for i in parts[number]}) if statistics and parts else None
+        sums = moments.Sums({i: statistics.inputs[i] for i in parts[number]}, pool) if statistics and parts else None
         for i in range(0 if sums else done, n):
             watchers: list[Any] = []
             if sums:

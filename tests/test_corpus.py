@@ -103,3 +103,11 @@ def test_the_same_text_gives_the_same_chunks():
     one, two = (chunks([peoples_daily("calibration")], letters, 16, 10) for _ in range(2))
     assert np.array_equal(one.tokens, two.tokens)
     assert one.manifest == two.manifest
+
+
+@pytest.mark.parametrize(
+    ("n", "weights", "shares"), [(2, (2, 1, 1), [1, 1, 0]), (100, (2, 1, 1), [50, 25, 25]), (10, (1, 1, 1), [4, 3, 3])]
+)
+def test_shares_add_up(n, weights, shares):
+    sources = [source("字" * 2000, str(i), weight) for i, weight in enumerate(weights)]
+    assert [used.chunks for used in chunks(sources, letters, 16, n).manifest] == shares

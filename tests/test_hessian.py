@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -238,8 +239,9 @@ def test_the_sketch_tells_what_an_error_costs_on_the_rows_held_back(wide_gguf, t
 def test_packing_keeps_a_symmetric_matrix():
     x = np.random.default_rng(0).standard_normal((40, 600)).astype(np.float32)
     packed = np.zeros(packed_size(600), np.float32)
-    add_outer(packed, x[:15])
-    add_outer(packed, x[15:])
+    with ThreadPoolExecutor(2) as pool:
+        add_outer(packed, x[:15], pool)
+        add_outer(packed, x[15:], pool)
     assert packed_size(600) == 256 * 600 + 256 * 344 + 88 * 88
     assert np.allclose(unpacked(packed, 600), x.T @ x, atol=1e-4)
 

@@ -140,7 +140,7 @@ def importance_map(grid: Grid, label: str) -> str:
 def error_by_layer(losses: Mapping[str, Mapping[int, tuple[float, float]]], label: str) -> str:
     """A panel for each role: layer against the error (before, after), hollow and filled, on a logarithmic scale."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
     roles = list(losses)[:MAX_ROLES]
     across = min(4, len(roles))
@@ -156,6 +156,7 @@ def error_by_layer(losses: Mapping[str, Mapping[int, tuple[float, float]]], labe
                 axes.plot(layers, values, color=_ACCENT, linewidth=0.8, marker="o", markersize=4, markerfacecolor=fill)
             if all(min(losses[role][layer]) > 0 for layer in layers):
                 axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
             axes.yaxis.set_minor_formatter(NullFormatter())
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             axes.tick_params(labelsize=8)
