@@ -19,7 +19,7 @@ from .engine.model import Model
 from .engine.quantizer import Outcome
 from .evaluate import evaluate
 from .files import require_memory, require_space
-from .fitting import FRONTIER, Fitting, fit, frontier_sizes, name_of
+from .fitting import FRONTIER, Fitting, Progress, fit, frontier_sizes, name_of
 from .gguf_file import GgufFile
 from .hessian_file import beside, is_complete, manifest_path
 from .imatrix import collect
@@ -29,7 +29,7 @@ from .paired import Paired, compare
 from .quantize import ALIASES, quantize
 from .report import Compensation, Report, Sizing, Subject, write_report
 from .speed import measure_speed
-from .steps import Done, Progress, files_of, named, record_path, step, versions
+from .steps import Done, files_of, named, record_path, step, versions
 from .texts import calibration_texts, unlike_texts
 from .to_hf import to_hf
 
@@ -153,7 +153,7 @@ def _restored(gguf: Path, folder: Path, progress: Progress) -> Path:
             to_hf(gguf, folder, force=True, progress=tick)
         return Done()
 
-    step(folder, named(gguf), {}, work, progress)
+    step(folder, named(gguf), {}, work, progress.skipped)
     return folder
 
 
@@ -171,7 +171,7 @@ def _converted(
         inputs |= named(source.parent / "tokenizer.model")
     for number, lora in enumerate(loras, 1):
         inputs |= {f"lora {number}/{name}": file for name, file in files_of(lora).items()}
-    seconds, done = step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress)
+    seconds, done = step(dst, inputs, {"dtype": dtype, "name": name, "format": format}, work, progress.skipped)
     return Made(dst, dtype.upper(), GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes)
 
 
@@ -197,7 +197,7 @@ def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, t
         return Done(found.notes, {"manifest": [asdict(u) for u in found.manifest]})
 
     options = {"chunks": chunks, "n_ctx": N_CTX, "hessian": hessian}
-    seconds, done = step(dst, named(src), options, work, progress)
+    seconds, done = step(dst, named(src), options, work, progress.skipped)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
 
 
@@ -270,7 +270,7 @@ def _reported(
         return Done()
 
     inputs = named(*(m.path for m in made), *([calibrated.path] if calibrated else []))
-    step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress)
+    step(dst, inputs, {"chunks": n_chunks, "n_ctx": N_CTX, "format": format}, work, progress.skipped)
     return dst
 
 
@@ -333,7 +333,7 @@ def _quantized(
     inputs = named(src, imatrix) if imatrix else named(src)
     if imatrix and rounding == "compensated":
         inputs |= {"second moments": manifest_path(beside(imatrix))}
-    seconds, done = step(dst, inputs, {"type": type, "rounding": rounding}, work, progress)
+    seconds, done = step(dst, inputs, {"type": type, "rounding": rounding}, work, progress.skipped)
     outcomes = tuple(Outcome(**outcome) for outcome in done.facts["compensation"])
     return Made(dst, type, GgufFile(dst).bits_per_weight, dst.stat().st_size, seconds, done.notes, outcomes)
 

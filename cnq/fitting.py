@@ -3,8 +3,9 @@
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from .allocate import measure
 from .allocate.gate import Contender, HeldOut, quantize_to_size
 from .allocate.measure import Text
 from .allocate.search import Budget
@@ -13,9 +14,15 @@ from .hessian_file import beside, manifest_path
 from .paired import Interval, Paired
 from .quantize import plans
 from .report import Sizing
-from .steps import Done, Progress, named, step
+from .steps import Done, named, step
 
 FRONTIER = ("Q3_K_M", "IQ4_XS", "Q4_K_S", "Q4_K_M", "Q5_K_M")  # mixtures whose sizes a frontier is made of
+
+
+class Progress(measure.Progress, Protocol):
+    """What a build tells while it works. bar: gives a function of (done, total) in `unit`, "bytes" or "tensors"."""
+
+    def skipped(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def fit(
     if how.imatrix and how.rounding == "compensated":
         inputs |= {"second moments": manifest_path(beside(how.imatrix))}
     options = {"budget": asdict(budget), "rounding": how.rounding, "effort": how.effort, "judged": how.judged}
-    seconds, done = step(dst, inputs, options, work, progress)
+    seconds, done = step(dst, inputs, options, work, progress.skipped)
     return seconds, done, _sizing(dst, done.facts)
 
 

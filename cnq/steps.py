@@ -1,4 +1,7 @@
-"""Steps that are not done twice: beside each output stands <output>.made.json, which says what it was made from."""
+"""Steps of a build, each done again only when what it was made from has changed.
+
+Beside each output stands <output>.made.json: its inputs, options and versions. A step whose record still holds is skipped.
+"""
 
 import json
 import time
@@ -6,18 +9,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from .allocate import measure
 from .files import replacing, sha256
 
 RECORD = ".made.json"
-
-
-class Progress(measure.Progress, Protocol):
-    """What a build tells while it works. bar: gives a function of (done, total) in `unit`, "bytes" or "tensors"."""
-
-    def skipped(self, path: Path) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -29,14 +25,14 @@ class Done:
 
 
 def step(
-    output: Path, inputs: dict[str, Path], options: dict[str, Any], work: Callable[[], Done], progress: Progress
+    output: Path, inputs: dict[str, Path], options: dict[str, Any], work: Callable[[], Done], skipped: Callable[[Path], object]
 ) -> tuple[float | None, Done]:
     """Do the work unless its output is up to date: (seconds, what was done); seconds None = skipped, the rest recorded.
 
-    inputs: by the names that the record knows them by, wherever they are.
+    inputs: by the names that the record knows them by, wherever they are. skipped: hears an output that is up to date.
     """
     if (record := _current_record(output, inputs, options)) is not None:
-        progress.skipped(output)
+        skipped(output)
         return None, record
     started = time.perf_counter()
     done = work()
