@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,7 @@ def _write_record(
     packages = ("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes")
     record = {
         "cnq": __version__,
-        "versions": {name: version(name) for name in packages},
+        "versions": {name: version(name) for name in packages if find_spec(name)},
         "recipe": recipe.model_dump(mode="json"),
         "base": {"path": str(sources.base), "content_sha256": digest, "rows": sources.rows, "new_rows": len(sources.new)},
         "data": asdict(data.counts),
