@@ -137,17 +137,16 @@ def show_compensation(report: dict[str, Any]) -> None:
     def ratio(found: dict[str, float]) -> str:
         return f"{found['value']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
 
-    rows = []
+    labels = {f["file"]: f["type"] + ("-im" if f["imatrix"] else "") for f in report["files"]}
     for file in report["compensation"]:
+        rows = []
         for p in file["compared_with_plain"]:
             points = f"{p['top']['value']:+.1f} [{p['top']['low']:+.1f}, {p['top']['high']:+.1f}]"
             name = p["text"]["name"].partition(" (")[0]
-            rows.append(
-                (file["file"], name, f"{p['plain']:.4f} → {p['mine']:.4f}", ratio(p["kld"]), ratio(p["median"]), points)
-            )
-    if rows:
-        click.echo("\ncompensated rounding against plain, same types and size:")
-        table(("file", "text", "KLD", "ratio", "ratio of medians", "same top, points"), rows, width=120)
+            median = f"{p['median']['value']:.2f}"
+            rows.append((name, f"{p['plain']:.4f}→{p['mine']:.4f}", ratio(p["kld"]), median, points))
+        click.echo(f"\n{labels[file['file']]}, rounded plainly → with compensation, same types and size:")
+        table(("text", "KLD", "ratio", "median", "same top, points"), rows)
 
 
 def show_plan(plan: "Plan") -> None:
