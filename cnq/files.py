@@ -18,6 +18,7 @@ from .errors import CnqError, NoSpace, OutputExists, listed
 from .machine import free_memory
 
 PARTIAL = ".partial"
+_TRIES = 10  # to get a lock that nobody holds
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -75,18 +76,22 @@ def locked(file: Path, busy: str) -> Iterator[None]:
     """Keep other cnqs from `file`, there or not. Raises OSError, and CnqError with the words `busy`."""
     path = file.with_name(file.name + ".lock")
     lock = FileLock(path, timeout=0)
+    for _ in range(_TRIES):
+        try:
+            lock.acquire()
+            break
+        except Timeout:
+            if path.exists():
+                raise CnqError(busy) from None
+            # Given up by its holder just now; or a folder without room for files (/proc), which filelock takes for a busy one.
+    else:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
     try:
-        lock.acquire()
         yield
-    except Timeout:
-        if not path.exists():  # filelock takes a folder without room for files (/proc) for a busy one
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)) from None
-        raise CnqError(busy) from None
     finally:
-        if lock.is_locked:
-            with suppress(OSError):  # Windows cannot remove an open file; there filelock does it
-                path.unlink()  # while it is held: a moment later it may be another's
-            lock.release()
+        with suppress(OSError):  # Windows cannot remove an open file; there filelock does it
+            path.unlink()  # while it is held: a moment later it may be another's
+        lock.release()
 
 
 def require_space(folder: Path, need: int) -> None:

@@ -212,7 +212,7 @@ def test_two_at_once_do_no_harm(path, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert all("being written by another cnq" in text for text in said)
+    assert all("being written by another cnq" in text for text in said), said
     for n in range(100, 110):
         models[0]._forget(0)
         assert prompt_cache.restore(models[0], TOKENS[:n], tmp_path) == n
