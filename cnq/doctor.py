@@ -291,7 +291,7 @@ def without_password(url: str) -> str:
 
 def _online() -> dict[str, str]:
     """What the hub and the package index answer: "" = they do, else why not."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--timeout", "5", "--retries", "0"]
+    pip = [sys.executable, "-P", "-m", "pip", "--disable-pip-version-check", "--timeout", "5", "--retries", "0"]
     asked = subprocess.run([*pip, "index", "versions", "llama-cpp-python"], capture_output=True, text=True)
     reason = (asked.stderr.strip().splitlines() or ["no answer"])[-1] if asked.returncode else ""
     return {"hub": catalog.hub_trouble(), "index": reason.removeprefix("ERROR: ")}

@@ -1418,3 +1418,11 @@ def test_damaged_checkpoints(model, tmp_path, file):
             failed += 1
     assert 10 < failed <= 120
     assert {p.name for p in tmp_path.iterdir()} <= {"model", "out.gguf", "tmp"}
+
+
+def test_code_that_lies_in_the_folder_one_works_in_is_not_run(wide_gguf, tmp_path, monkeypatch):
+    for name in ("json.py", "cnq.py", "pip.py"):
+        (tmp_path / name).write_text("raise SystemExit('run')", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = run("quantize", wide_gguf, tmp_path / "out.gguf", "-t", "Q8_0")
+    assert result.exit_code == 0, result.output

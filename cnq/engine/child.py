@@ -24,7 +24,7 @@ _early: dict[str, subprocess.Popen[str]] = {}
 
 def _start(module: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", module],
+        [sys.executable, "-P", "-m", module],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
