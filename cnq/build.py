@@ -4,18 +4,16 @@ Beside each output stands <output>.made.json: what it was made from. A step whos
 """
 
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
-from . import catalog, corpus
+from . import catalog
 from .allocate.measure import text_of
 from .allocate.search import Budget
 from .checkpoint.meta_tokenizer import folder_of
 from .convert import convert
-from .corpus import Chunks, Source, Used, peoples_daily
-from .engine.model import Model
+from .corpus import Used, cutter, peoples_daily
 from .engine.quantizer import Outcome
 from .evaluate import evaluate
 from .files import require_memory, require_space
@@ -190,7 +188,7 @@ def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, t
 
     def work() -> Done:
         with progress.bar("calibrating", "chunks") as tick:
-            text = _text(calibration_texts(), "calibration", chunks)
+            text = cutter(calibration_texts(), N_CTX, chunks, "calibration")
             found = collect(
                 src, text, dst, n_ctx=N_CTX, hessian=hessian, hessian_memory=memory, threads=threads, force=True, progress=tick
             )
@@ -199,16 +197,6 @@ def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, t
     options = {"chunks": chunks, "n_ctx": N_CTX, "hessian": hessian}
     seconds, done = step(dst, named(src), options, work, progress.skipped)
     return _Calibrated(dst, tuple(Used(**u) for u in done.facts["manifest"]), seconds)
-
-
-def _text(sources: Sequence[Source], split: corpus.Split, n_chunks: int) -> Callable[[Model], Chunks]:
-    """What cuts texts with a model's own tokenizer."""
-
-    def cut(model: Model) -> Chunks:
-        tokenize = partial(model.tokenize, add_special=True, parse_special=False)
-        return corpus.chunks(sources, tokenize, N_CTX, n_chunks, split)
-
-    return cut
 
 
 def _reported(
@@ -228,7 +216,7 @@ def _reported(
         with progress.bar("measuring", "chunks") as tick:
             found = evaluate(
                 [m.path for m in quantized],
-                _text([peoples_daily("held-out")], "held-out", n_chunks),
+                cutter([peoples_daily("held-out")], N_CTX, n_chunks, "held-out"),
                 base=base.path,
                 n_ctx=N_CTX,
                 threads=threads,
@@ -292,7 +280,7 @@ def _compared(
         for source in unlike_texts():
             with progress.bar(f"comparing on {source.name}", "chunks") as tick:
                 paths = [*(m.path for m in compensated), *plain]
-                text = _text([source], "held-out", n_chunks)
+                text = cutter([source], N_CTX, n_chunks, "held-out")
                 found = evaluate(paths, text, base=base.path, n_ctx=N_CTX, threads=threads, progress=tick)
             half = len(compensated)
             for mine, theirs in zip(found.models[:half], found.models[half:], strict=True):
@@ -358,7 +346,7 @@ def _fitted(
         text=text_of(calibration_texts(), sum(u.chunks for u in calibrated.manifest) if calibrated else 0),
         rounding=rounding if imatrix else "plain",
         effort=effort,
-        held_out=_text(unlike_texts(), "held-out", judged) if judged else None,
+        held_out=cutter(unlike_texts(), N_CTX, judged, "held-out") if judged else None,
         judged=judged,
     )
     made = []

@@ -8,8 +8,9 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -21,6 +22,13 @@ from .prompts import Message
 Split = Literal["calibration", "held-out"]
 Tokenize = Callable[[str], list[int]]
 Render = Callable[[list[Message]], str]
+
+
+class Tokenizing(Protocol):
+    """What text is cut into tokens by: engine.model.Model."""
+
+    def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+
 
 _HELD_OUT = 5  # one document in five
 _TAGGED = re.compile(r"\[?(\S+?)/[A-Za-z]+(?:\]\w+)?\s*")
@@ -150,3 +158,14 @@ def chunks(sources: Sequence[Source], tokenize: Tokenize, n_ctx: int, n_chunks: 
         for s, n in zip(sources, (sum(o[1] == k for o in order) for k in range(len(sources))), strict=True)
     )
     return Chunks(tokens, manifest)
+
+
+def cutter(
+    sources: Sequence[Source], n_ctx: int, n_chunks: int | None, split: str | None = None, *, special: bool = False
+) -> Callable[[Tokenizing], Chunks]:
+    """`chunks` of texts for a model that comes later. special: what looks like a special token in them is meant as one."""
+
+    def cut(model: Tokenizing) -> Chunks:
+        return chunks(sources, partial(model.tokenize, add_special=True, parse_special=special), n_ctx, n_chunks, split)
+
+    return cut

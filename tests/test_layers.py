@@ -12,10 +12,10 @@ CNQ = ROOT / "cnq"
 ORDER = [
     "errors", "machine", "files", "tuning", "gguf_file", "fingerprint", "imatrix_file", "hessian_file", "imatrix_stats",
     "logits_file", "prompts", "records", "catalog", "archs", "vocab", "checkpoint", "adapters", "convert", "convert_lora",
-    "to_hf", "inspection", "engine", "quantize", "corpus", "texts", "hessian", "imatrix", "scores", "evaluate", "paired",
-    "allocate", "choices", "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache", "chat", "params",
-    "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "steps", "fitting", "build", "terminal",
-    "doctor_text", "options", "run_commands", "cli", "__main__",
+    "to_hf", "inspection", "engine", "quantize", "corpus", "texts", "named_texts", "hessian", "imatrix", "scores",
+    "evaluate", "paired", "allocate", "choices", "speed", "trials", "bench", "doctor", "report", "context", "prompt_cache",
+    "chat", "params", "sessions", "chat_terminal", "answer", "slots", "serve", "web", "ollama", "steps", "fitting", "build",
+    "terminal", "doctor_text", "options", "quantize_command", "run_commands", "cli", "__main__",
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],

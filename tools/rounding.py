@@ -25,7 +25,7 @@ import click
 import numpy as np
 
 from cnq.convert import convert
-from cnq.corpus import Source, chunks, peoples_daily, read_source
+from cnq.corpus import Source, cutter, peoples_daily, read_source
 from cnq.engine.quantizer import Outcome
 from cnq.evaluate import Evaluation, evaluate
 from cnq.gguf_file import GgufFile
@@ -160,10 +160,7 @@ def kept(said: dict[str, Any]) -> str:
 
 
 def measured(gguf: Path, files: list[Path], source: Source, n_chunks: int, threads: int) -> Evaluation:
-    def text(model: Any) -> Any:
-        return chunks([source], lambda t: model.tokenize(t, add_special=True, parse_special=False), 512, n_chunks)
-
-    return evaluate(files, text, base=gguf, threads=threads)
+    return evaluate(files, cutter([source], 512, n_chunks), base=gguf, threads=threads)
 
 
 def row(type: str, path: Path, name: str, p: Paired) -> str:

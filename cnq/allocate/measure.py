@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..corpus import Chunks, Source, chunks
+from ..corpus import Chunks, Source, cutter
 from ..engine.model import Model
 from ..errors import CnqError
 from ..files import replacing
@@ -72,10 +72,7 @@ def text_of(sources: Sequence[Source], skip: int, parse_special: bool = False) -
     """A text to measure on: what follows the first `skip` chunks of the sources, which the imatrix was collected on."""
 
     def cut(model: Model, n_chunks: int) -> Chunks:
-        def tokenize(text: str) -> list[int]:
-            return model.tokenize(text, add_special=True, parse_special=parse_special)
-
-        whole = chunks(sources, tokenize, N_CTX, skip + n_chunks)
+        whole = cutter(sources, N_CTX, skip + n_chunks, special=parse_special)(model)
         return Chunks(whole.tokens[-n_chunks:], whole.manifest)
 
     digest = hashlib.sha256(" ".join([str(skip), *(f"{s.name} {s.sha256} {s.weight}" for s in sources)]).encode())
