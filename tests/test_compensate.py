@@ -12,6 +12,7 @@ from test_codes import NAMES
 from cnq.engine import codes, compensate, rows
 from cnq.engine.compensate import Hessian
 from cnq.engine.factor import factorized, ridge
+from cnq.engine.kernels import half
 from cnq.engine.refine import Rounded, sweep
 from cnq.errors import QuantizeError
 from cnq.gguf_file import TYPE_BY_NAME, TensorType
@@ -31,7 +32,7 @@ def inputs(n: int, seed: int, d: int = D) -> np.ndarray:
 @pytest.fixture(scope="module")
 def hessian() -> Hessian:
     fit, held = inputs(2048, 1), inputs(1024, 2)
-    return Hessian(fit.T @ fit, held.T @ held, len(fit), len(held))
+    return Hessian(fit.T @ fit, held, len(fit), len(held))
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_feedback_against_every_rounding_there_is():
     w = random.normal(size=(16, 256)).astype(np.float32)
     with ThreadPoolExecutor(1) as pool:
         factor = factorized(h, DAMPING, np.arange(256), pool)
-    data = compensate.feedback(np.ascontiguousarray(w.T), form, factor)
+    data = compensate.feedback(w, form, factor)
     before = plain(w, type, factor.remains / factor.remains.mean())  # the same scales, each code by itself
     steps = form.scales(before).steps()
     assert np.array_equal(form.scales(data).steps(), steps)
@@ -111,7 +112,7 @@ def test_what_is_written_is_what_was_meant(name, kind, seed, hessian):
             "large": w[0] * 1e4, "negative": -np.abs(w[0])}[kind]  # fmt: skip
     w[1, 256:] = w[0, :256]  # and in one of a row's blocks
     data = plain(w, form.type)
-    rounded = Rounded.read(form, np.ascontiguousarray(w.T), data)
+    rounded = Rounded.read(form, w, data)
     costs = []
     for _ in range(3):
         costs.append(cost(rounded, hessian.fit))
@@ -121,22 +122,28 @@ def test_what_is_written_is_what_was_meant(name, kind, seed, hessian):
         assert (after <= before * (1 + 1e-4) + 1e-30).all()
     rounded.write(data)
     assert rows.is_sound(data, form.type)
-    groups = range(D // form.group)
-    steps = np.repeat([rounded.step(group) for group in groups], form.group, 0)
-    offsets = [rounded.offset(group) for group in groups]
-    values = steps * form.levels[rounded.codes]
-    fused = steps.astype(np.float64) * form.levels[rounded.codes]  # a compiler may fuse product and sum
-    if offsets[0] is not None:
-        values, fused = values + np.repeat(offsets, form.group, 0), fused + np.repeat(offsets, form.group, 0)
-    found = decoded(data, form.type).T
+    steps, offsets = (np.repeat(part, form.group, 1) for part in rounded.steps_and_offsets())
+    values = steps * form.levels[rounded.codes] + offsets
+    fused = steps.astype(np.float64) * form.levels[rounded.codes] + offsets  # a compiler may fuse product and sum
+    found = decoded(data, form.type)
     assert np.array_equal(found, values) or np.array_equal(found, fused.astype(np.float32))
+    assert np.array_equal(rounded.errors, w - values)
     lowest, highest = form.usable
     assert rounded.codes.min() >= lowest and rounded.codes.max() <= highest
 
 
+@given(st.floats(-65504, 65504) | st.floats(-1e-4, 1e-4) | st.integers(-4096, 4096).map(lambda i: i * 2.0**-25))
+def test_half_precision_as_numpy_rounds_to_it(x):
+    assert half(x) == np.float64(x).astype(np.float16)
+
+
+def test_beyond_half_precision_the_largest_is_taken():
+    assert (half(65520.0), half(-1e30), half(np.inf)) == (65504, -65504, 65504)
+
+
 def cost(rounded: Rounded, h: np.ndarray) -> np.ndarray:
     e = rounded.errors.astype(np.float64)
-    return np.einsum("ij,ij->j", h.astype(np.float64) @ e + ridge(h, DAMPING)[:, None] * e, e)
+    return np.einsum("ij,ij->i", e @ h.astype(np.float64) + ridge(h, DAMPING) * e, e)
 
 
 def test_plain_rounding_stays_where_it_is_better_on_the_rows_held_back(hessian, weights):

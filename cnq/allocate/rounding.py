@@ -4,16 +4,18 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from ..engine import rows
 from ..engine.codes import can_change
-from ..engine.compensate import Hessian, compensate
 from ..engine.quantizer import DAMPINGS, ORDERS
 from ..gguf_file import TensorType
 from ..hessian_file import Statistics
+
+if TYPE_CHECKING:
+    from ..engine.compensate import Hessian
 
 
 class Rounding(Protocol):
@@ -51,10 +53,12 @@ class Compensating:
 
     plain: Plain
     statistics: Statistics
-    _last: dict[int, Hessian] = field(default_factory=dict)
+    _last: "dict[int, Hessian]" = field(default_factory=dict)
     _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
+        from ..engine.compensate import compensate  # a compiler comes with it
+
         number = self.statistics.find(tensor, None)
         number = self.statistics.find(tensor, matrix) if number is None else number
         if number is None or not can_change(type) or not self.statistics.inputs[number].enough:
@@ -62,13 +66,15 @@ class Compensating:
         weights = self.plain.weights(tensor, matrix, values.shape[1])
         return compensate(values, type, weights, self._hessian(number), dampings=DAMPINGS[:1], orders=ORDERS[:1]).rows
 
-    def _hessian(self, number: int) -> Hessian:
+    def _hessian(self, number: int) -> "Hessian":
         """The last one is kept, with its factor: tensors with the same input come one after the other."""
+        from ..engine.compensate import Hessian
+
         with self._reading:
             if number not in self._last:
                 self._last.clear()
                 sums = self.statistics.read(number)
-                hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
+                hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
                 with ThreadPoolExecutor(1) as pool:
                     hessian.factor(DAMPINGS[0], ORDERS[0], pool)
                 self._last[number] = hessian

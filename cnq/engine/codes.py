@@ -7,6 +7,8 @@ ships them.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +46,30 @@ def _times(d: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         return d
     groups = scales.shape[1] // d.shape[1]
     return (d[:, :, None] * scales.reshape(len(d), -1, groups)).reshape(scales.shape)
+
+
+class Levels(NamedTuple):
+    """What codes stand for. at: by code, ascending. middles: between two of them; none where they are whole numbers in a row.
+    first, last: codes that may be used."""
+
+    at: np.ndarray
+    middles: np.ndarray
+    first: int
+    last: int
+
+
+class Grid(NamedTuple):
+    """Where values of n rows can lie. d, dmin: (n, blocks). scales, mins: (n, groups), whole numbers. group: columns of one.
+    changing: whether scales and mins can be stored, within low … high; else a block is one group, and they stay."""
+
+    d: np.ndarray
+    dmin: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray
+    group: int
+    changing: bool
+    low: int
+    high: int
 
 
 @dataclass(frozen=True)
@@ -97,10 +123,12 @@ class Form:
     _read: _Read | None = None
     _write: _Write | None = None
 
-    @property
-    def uniform(self) -> bool:
-        """Whether the levels are whole numbers in a row, so that rounding finds the nearest."""
-        return bool((np.diff(self.levels) == 1).all())
+    @cached_property
+    def nearest(self) -> Levels:
+        """The levels as the kernels take them. Whole numbers in a row need no middles: rounding finds the nearest."""
+        in_a_row = bool((np.diff(self.levels) == 1).all())
+        middles = np.empty(0, np.float32) if in_a_row else (self.levels[1:] + self.levels[:-1]) / 2
+        return Levels(self.levels, middles, *self.usable)
 
     def scales(self, data: np.ndarray) -> Scales:
         """data: (n, bytes per row) uint8."""

@@ -17,22 +17,23 @@ from ..gguf_file import TensorType
 from . import rows
 from .codes import Form, form
 from .factor import Factor, factorized, ridge
+from .kernels import feed_back
 from .quantizer import DAMPINGS, ORDERS
-from .refine import Rounded, nearest, sweep
+from .refine import Rounded, sweep
 
-_TILE = 512  # rows that a thread works on at once
-_SUB = 32  # columns after which errors are handed on to the rest of a block
-_BLOCK = 256  # and after which they are handed on to the next block
-_SAMPLE = 128  # rows that damping and order are chosen on
+_TILE = 256  # rows that a thread works on at once
+_BLOCK = 256  # columns after which errors are handed on to the rest of the row
+_SAMPLE, _SAMPLE_TILE = 128, 32  # rows that damping and order are chosen on
 _SWEEPS = 4
 _KEPT = 1 << 30  # bytes of factors that statistics hold, at most, beside the one in use
 
 
 @dataclass(frozen=True)
 class Hessian:
-    """Σ x xᵀ over the inputs of a matrix, (d, d) float32: `fit` for rounding, `held` over other rows, for judging it.
+    """Second moments of the inputs of a matrix, float32.
 
-    n_fit, n_held: rows. Tensors with the same input share one, and with it its factors.
+    fit: (d, d), Σ x xᵀ, for rounding. held: (m, d), rows with heldᵀ held = Σ x xᵀ over other inputs, for judging it. n_fit,
+    n_held: inputs. Tensors with the same input share one, and with it its factors.
     """
 
     fit: np.ndarray
@@ -104,7 +105,7 @@ def compensate(
     """
     shape = form(type)
     d = weights.shape[1]
-    if hessian.fit.shape != (d, d) or hessian.held.shape != (d, d):
+    if hessian.fit.shape != (d, d) or hessian.held.shape[1:] != (d,):
         raise QuantizeError(
             f"the statistics are of {hessian.fit.shape[0]} columns, the weights have {d}: they are of another model."
         )
@@ -123,7 +124,7 @@ def compensate(
 
         @cache
         def tried(damping: float, by_diagonal: bool) -> float:
-            return _rounded(sample, type, again(damping, by_diagonal), hessian, pool)[1]
+            return _rounded(sample, type, again(damping, by_diagonal), hessian, pool, _SAMPLE_TILE)[1]
 
         sample = weights[:: -(-len(weights) // _SAMPLE)]
         damping, by_diagonal = dampings[0], orders[0]
@@ -137,23 +138,29 @@ def compensate(
 
 
 def _rounded(
-    weights: np.ndarray, type: TensorType, round: Callable[[np.ndarray], np.ndarray], hessian: Hessian, pool: Executor
+    weights: np.ndarray,
+    type: TensorType,
+    round: Callable[[np.ndarray], np.ndarray],
+    hessian: Hessian,
+    pool: Executor,
+    tile: int = _TILE,
 ) -> tuple[np.ndarray, float]:
     """Rows rounded tile by tile, and what they lose on the held-back inputs."""
     n, d = weights.shape
     out = np.empty((n, type.row_bytes(d)), np.uint8)
 
     def do(start: int) -> float:
-        part = np.ascontiguousarray(weights[start : start + _TILE], np.float32)
-        data = out[start : start + _TILE] = round(part)
+        part = np.ascontiguousarray(weights[start : start + tile], np.float32)
+        data = out[start : start + tile] = round(part)
         error = part - rows.decode(data, type, np.empty(part.size, np.float32))
         with np.errstate(over="ignore", invalid="ignore"):
-            loss = float(np.einsum("ij,ij->", error @ hessian.held, error, dtype=np.float64))
+            seen = error @ hessian.held.T
+            loss = float(np.einsum("ij,ij->", seen, seen, dtype=np.float64))
         if not rows.is_sound(data, type) or not np.isfinite(loss):
             raise QuantizeError(f"the weights are too large for {type.name}. Choose another type for them.")
         return loss
 
-    return out, sum(pool.map(do, range(0, n, _TILE))) / hessian.n_held
+    return out, sum(pool.map(do, range(0, n, tile))) / hessian.n_held
 
 
 def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
@@ -163,9 +170,8 @@ def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) 
 
 
 def _compensated(part: np.ndarray, shape: Form, factor: Factor, hessian: np.ndarray, sweeps: int) -> np.ndarray:
-    columns_first = np.ascontiguousarray(part.T)
-    data = feedback(columns_first, shape, factor)
-    rounded = Rounded.read(shape, columns_first, data)
+    data = feedback(part, shape, factor)
+    rounded = Rounded.read(shape, part, data)
     for _ in range(sweeps):
         sweep(rounded, hessian, ridge(hessian, factor.damping))
     rounded.write(data)
@@ -173,57 +179,33 @@ def _compensated(part: np.ndarray, shape: Form, factor: Factor, hessian: np.ndar
 
 
 def feedback(weights: np.ndarray, shape: Form, factor: Factor) -> np.ndarray:
-    """(n, bytes per row) uint8 of weights (d, n): rounded with error feedback.
+    """(n, bytes per row) uint8 of weights (n, d): rounded with error feedback.
 
-    Columns come first, so that each step of the inner loop goes over memory in a line. ggml searches the scales with what an
-    error costs that later columns make up for.
+    ggml searches the scales of each block for the weights as the blocks before have corrected them, with what an error costs
+    that later columns make up for.
     """
-    d, n = weights.shape
+    n, d = weights.shape
     width = _width(d)
     out = np.empty((n, d // width, shape.type.row_bytes(width)), np.uint8)
     errors = np.empty_like(weights)  # in the order of the factor
+    codes = np.empty((n, width), np.uint8)
     costs = np.empty(d, np.float32)
     costs[factor.order] = factor.remains / factor.remains.mean()
     for start in range(0, d, width):
         own = slice(start, start + width)
-        now = weights[factor.order[own]] + factor.feedback[:start, own].T @ errors[:start]
-        block = factor.order[start] // width
-        original = weights[factor.order[own]]
-        inside = factor.order[own] % width
-        weighed = costs[block * width : (block + 1) * width]
-        out[:, block] = _block(now, original, errors[own], inside, shape, weighed, factor.feedback[own, own])
+        original = weights[:, factor.order[own]]
+        now = original + errors[:, :start] @ factor.feedback[:start, own]
+        block, inside = factor.order[start] // width, factor.order[own] % width
+        values = np.empty((n, width), np.float32)
+        values[:, inside] = now
+        data = _encoded(values, shape.type, costs[block * width : (block + 1) * width])
+        scales = shape.scales(data)
+        steps, offsets = scales.steps(), scales.offsets()
+        offsets = np.zeros_like(steps) if offsets is None else offsets
+        made = np.empty_like(now)
+        within = np.ascontiguousarray(factor.feedback[own, own])
+        feed_back(now, original, made, codes, inside, shape.group, steps, offsets, within, shape.nearest)
+        errors[:, own] = made
+        shape.put_codes(data, codes)
+        out[:, block] = data
     return out.reshape(n, -1)
-
-
-def _block(
-    now: np.ndarray,
-    original: np.ndarray,
-    errors: np.ndarray,
-    inside: np.ndarray,
-    shape: Form,
-    importance: np.ndarray,
-    within: np.ndarray,
-) -> np.ndarray:
-    """(n, bytes) of the block, its scales those of the weights as they are `now`, corrected by the blocks before.
-
-    now, original, errors: (width, n), which is filled. inside: the columns' places in the block, in the order of these.
-    """
-    width, n = now.shape
-    values = np.empty((n, width), np.float32)
-    values[:, inside] = now.T
-    data = _encoded(values, shape.type, importance)
-    scales = shape.scales(data)
-    steps, offsets = np.ascontiguousarray(scales.steps().T), scales.offsets()
-    offsets = None if offsets is None else np.ascontiguousarray(offsets.T)
-    codes = np.empty((width, n), np.uint8)
-    for sub in range(0, width, _SUB):
-        end = min(sub + _SUB, width)
-        for c in range(sub, end):
-            if c > sub:
-                now[c] += within[sub:c, c] @ errors[sub:c]
-            group = inside[c] // shape.group
-            codes[inside[c]], value = nearest(now[c], steps[group], None if offsets is None else offsets[group], shape)
-            np.subtract(original[c], value, out=errors[c])
-        now[end:] += within[sub:end, end:].T @ errors[sub:end]
-    shape.put_codes(data, np.ascontiguousarray(codes.T))
-    return data

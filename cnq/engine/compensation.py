@@ -51,7 +51,7 @@ class Compensation:
                     continue
                 if hessian is None:
                     sums = self._statistics.read(number)
-                    hessian = Hessian(sums.fit, sums.held.T @ sums.held, sums.n_fit, sums.n_held)
+                    hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
                 found = _compensated(name, weights, type, importance, hessian, threads)
                 outcome = Outcome(
                     name, one.expert, type.name, None, found.loss_plain, found.loss, found.kept, found.damping,

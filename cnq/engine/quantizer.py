@@ -13,8 +13,8 @@ from ..errors import QuantizeError
 from ..gguf_file import TYPE_BY_NAME, TensorType
 from .child import Child
 
-# What compensated rounding tries for each matrix: shares of the mean diagonal added to it, and whether columns go by the
-# diagonal. The best on inputs held back is taken.
+# What compensated rounding tries for each matrix: shares of the diagonal added to it, and whether columns go by the diagonal.
+# The best on inputs held back is taken.
 DAMPINGS: tuple[float, ...] = (0.1, 0.03, 0.3)
 ORDERS: tuple[bool, ...] = (True, False)
 

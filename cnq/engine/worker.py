@@ -28,7 +28,6 @@ from ..imatrix_file import read_imatrix
 from ..machine import logical_cores
 from . import rows
 from .child import Tell, serve
-from .compensation import Compensation
 
 _CHUNK = 1 << 18  # elements of a task: 1 MB of float32, which stays in a core's cache
 
@@ -173,7 +172,11 @@ def _round(
     layout = retyped(file, fields, wanted)
     weights = read_imatrix(Path(imatrix)).means() if imatrix else {}
     threads = threads or logical_cores()
-    later = Compensation(file, wanted, weights, read_statistics(Path(statistics))) if statistics else None
+    later = None
+    if statistics:
+        from .compensation import Compensation  # a compiler comes with it
+
+        later = Compensation(file, wanted, weights, read_statistics(Path(statistics)))
     now = {name: type for name, type in wanted.items() if later is None or name not in later.names}
     tasks = _tasks(file, now, layout.starts, weights)
     taking, writing = threading.Lock(), threading.Lock()
