@@ -316,7 +316,7 @@ def prompt_tokens(model: Model, style: Style, messages: list[Message]) -> list[i
     text = prompts.render(style.jinja, messages, bos=bos, eos=eos)
     if bos and model.adds_bos:
         text = text.removeprefix(bos)
-    return model.tokenize(text, add_special=True, parse_special=True)
+    return model.prompt(text, parse_special=True)
 
 
 def characters(pieces: Iterable[bytes]) -> Iterator[str]:

@@ -105,7 +105,7 @@ def _prompt(model: Model, subject: str, examples: list[Question], question: Ques
     head = f"以下是中国关于{subject}考试的单项选择题，请选出其中的正确答案。\n\n"
     for start in range(len(examples) + 1):
         shown = "".join(f"{_asked(e)}{e.answer}\n\n" for e in examples[start:])
-        tokens = model.tokenize(head + shown + _asked(question), add_special=True, parse_special=False)
+        tokens = model.prompt(head + shown + _asked(question), parse_special=False)
         if len(tokens) < model.n_ctx:
             return tokens, start > 0
     raise CorpusError(f"{subject}: a question of {len(tokens)} tokens does not fit the context of {model.n_ctx}. Raise --ctx.")

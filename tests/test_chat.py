@@ -1,6 +1,7 @@
 """Streaming: whole characters, stop texts held back, a conversation through the command line."""
 
 import json
+import shutil
 import threading
 import time
 
@@ -9,8 +10,9 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cnq.chat import characters, converse, open_chat, until
+from cnq.chat import characters, converse, open_chat, prompt_tokens, until
 from cnq.cli import cli
+from cnq.convert import convert
 from cnq.engine.model import Model, Sampling
 from cnq.errors import EngineError, PromptError
 
@@ -53,6 +55,18 @@ def test_nothing_of_a_stop_text_is_shown(text, width):
     cut = min((text.find(s) for s in stops if s in text), default=len(text))
     pieces = [text[i : i + width] for i in range(0, len(text), width)]
     assert "".join(until(stops, pieces)) == text[:cut]
+
+
+def test_a_prompt_does_not_end_with_the_eos_of_its_tokenizer(gguf, tmp_path):
+    checkpoint = shutil.copytree(gguf().parent / "hf", tmp_path / "hf")
+    config = checkpoint / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_eos_token": True}))
+    with open_chat(convert(checkpoint, tmp_path / "eos.gguf").path, format="alpaca", n_ctx=256) as chat:
+        model = chat.model
+        assert model.tokenize("你好", add_special=True, parse_special=False)[-1] == 2  # </s>
+        asked = prompt_tokens(model, chat.style, [{"role": "user", "content": "你好"}])
+        assert asked[0] == 1 and 2 not in asked
+        assert model.prompt("</s>", parse_special=True) == [1, 2]  # its own stays
 
 
 def test_text_that_cannot_become_a_stop_is_not_held_back():

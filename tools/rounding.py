@@ -1,8 +1,8 @@
 """Compare compensated rounding with plain, on a float model of any size.
 
-    python tools/reference_model.py /tmp/ref/wide-F16.gguf
-    python tools/rounding.py /tmp/ref/wide-F16.gguf -t Q3_K_M -t Q4_K_M -t Q5_K_M --write
-    python tools/rounding.py /tmp/ref/wide-F16.gguf --rows 10,25,50,100
+    python tools/reference_model.py wide-F16.gguf
+    python tools/rounding.py wide-F16.gguf -t Q3_K_M -t Q4_K_M -t Q5_K_M --write
+    python tools/rounding.py wide-F16.gguf --rows 10,25,50,100
 
 Calibrates on cnq's own Chinese and English texts, and measures on texts of other kinds: buyers' reviews, licences, and what
 --text names besides. Steps run as processes of their own, whose time and peak memory are taken. What is there beside the
@@ -238,7 +238,7 @@ def losses(gguf: Path, other: Path, imatrix: Path) -> dict[str, float]:
 
 def header() -> str:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    command = " ".join(["python", "tools/rounding.py", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
+    command = " ".join(["python", f"tools/{Path(sys.argv[0]).name}", *(Path(a).name if "/" in a else a for a in sys.argv[1:])])
     machine = f"{os.cpu_count()} cores, {this_machine().cpu}"
     return f"`{command}` at {commit}, llama-cpp-python {version('llama-cpp-python')}, {machine}."
 

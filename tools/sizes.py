@@ -1,7 +1,7 @@
 """Compare types chosen for a size with llama.cpp's own mixtures of that size, on a float model.
 
-    python tools/reference_model.py /tmp/ref/wide-F16.gguf
-    python tools/sizes.py /tmp/ref/wide-F16.gguf --write
+    python tools/reference_model.py wide-F16.gguf
+    python tools/sizes.py wide-F16.gguf --write
 
 For the size of each mixture: the mixture, rounded plainly, and what `cnq quantize --size` makes with the same imatrix.
 Calibrates on cnq's own Chinese and English texts, and measures on texts of other kinds: buyers' reviews and licences. What is
@@ -9,6 +9,7 @@ there beside the float model is used again, also by tools/rounding.py. --blocks 
 mixture's types: what is gained in the blocks alone. --write puts the table into docs/benchmarks.md.
 """
 
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cnq.texts import unlike_texts
 BEGIN, END = "<!-- sizes: begin -->", "<!-- sizes: end -->"
 ENDS = {"token_embd.weight": "--embedding-type", "output.weight": "--output-type"}
 PARAMS_7B = 6_738_415_616  # LLaMA-7B
+_GATE = 20  # chunks that cnq quantize --size judges by
 
 
 @click.command()
@@ -44,7 +46,7 @@ def main(
 ) -> None:  # fmt: skip
     """Compare on the float GGUF."""
     imatrix = gguf.with_name(f"{gguf.stem}.imatrix.gguf")
-    once(imatrix, lambda: calibrated(gguf, imatrix, n_chunks, threads))
+    calibration = once(imatrix, lambda: calibrated(gguf, imatrix, n_chunks, threads))
     stock = {p.type: p for p in plans(gguf, types, imatrix=imatrix, rounding="plain")}
     files: dict[tuple[str, str], Path] = {}
     said: dict[tuple[str, str], Ran] = {}
@@ -55,15 +57,17 @@ def main(
         for kind, options in (("size", []), ("blocks", [x for n, t in ends.items() for x in (ENDS[n], t)])):
             if kind == "blocks" and not blocks:
                 continue
-            own = gguf.with_name(f"{gguf.stem}-{type}-{kind}-{rounding}.gguf")
+            own = gguf.with_name(f"{gguf.stem}-{type}-{kind}-{rounding}-{effort}.gguf")
             files[type, kind] = own
             arguments = ("--size", stock[type].nbytes, "--imatrix", imatrix, "--rounding", rounding, "--effort", effort)
             make = partial(cnq, "quantize", gguf, own, *arguments, *options, "--eval-chunks", 0, "--force", threads=threads)
             said[type, kind] = once(own, make)
             assert own.stat().st_size <= stock[type].nbytes, f"{own} exceeds its budget"
-    lines = [header().replace("tools/rounding.py", "tools/sizes.py"), ""]
+    lines = [header(), ""]
+    started = time.perf_counter()
     lines += table(gguf, files, eval_chunks, threads)
-    lines += ["", *predicted(said), "", *stages(gguf, said)]
+    each = (time.perf_counter() - started) / (2 * eval_chunks * (len(files) + 1))
+    lines += ["", *predicted(said), "", *stages(gguf, said, calibration, each)]
     click.echo("\n".join(lines))
     if write:
         before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
@@ -109,13 +113,18 @@ def predicted(said: dict[tuple[str, str], Ran]) -> list[str]:
     return lines
 
 
-def stages(gguf: Path, said: dict[tuple[str, str], Ran]) -> list[str]:
-    """What the stages took, and at this speed would take with 7 billion weights: all of them go by the weights."""
+def stages(gguf: Path, said: dict[tuple[str, str], Ran], calibration: Ran, chunk: float) -> list[str]:
+    """What the stages took, and at this speed would take with 7 billion weights: all of them go by the weights.
+
+    chunk: seconds that a model takes to read one.
+    """
     (first, *_) = said.values()
-    seconds: dict[str, Any] = {s: first.said["seconds"][s] for s in ("reading", "error model", "sensitivities")}
+    seconds: dict[str, Any] = {"importance matrix and second moments": calibration.seconds}
+    seconds |= {s: first.said["seconds"][s] for s in ("reading", "error model", "sensitivities")}
     each = [ran.said["seconds"] for ran in said.values()]
     seconds |= {"solving, each size": sum(s["solving"] for s in each) / len(each)}
     seconds |= {"quantizing, each size": sum(s["quantizing"] for s in each) / len(each)}
+    seconds |= {f"gate, each size: {_GATE} chunks, three models": 3 * _GATE * chunk}
     scale = PARAMS_7B / GgufFile(gguf).n_params
     lines = ["| stage | seconds | with 7B weights, extrapolated |", "|---|---|---|"]
     for stage, took in seconds.items():

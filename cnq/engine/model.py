@@ -105,6 +105,7 @@ class Model:
         self.n_vocab = int(lib.llama_vocab_n_tokens(self._vocab))
         self.bos = int(lib.llama_vocab_bos(self._vocab))
         self.adds_bos = bool(lib.llama_vocab_get_add_bos(self._vocab))
+        self._adds_eos = bool(lib.llama_vocab_get_add_eos(self._vocab))
         self._no_bytes = _bytes_without_token(file)
 
     def _begin(self) -> None:
@@ -213,6 +214,11 @@ class Model:
             if n >= 0:
                 return list(ids[:n])
         raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
+
+    def prompt(self, text: str, *, parse_special: bool) -> list[int]:
+        """Tokens for the model to go on from: without the eos that some tokenizers put behind a text, as in training."""
+        ids = self.tokenize(text, add_special=True, parse_special=parse_special)
+        return ids[:-1] if self._adds_eos else ids
 
     def piece(self, token: int) -> bytes:
         """The bytes a token stands for: possibly part of a character. Control tokens stand for nothing."""

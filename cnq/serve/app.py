@@ -126,7 +126,7 @@ class _Api:
             raise ApiError(400, told, code="context_length_exceeded", param=param)
 
     async def _tokens(self, text: str | list[int], param: str) -> list[int]:
-        """Of a text that is no chat: with bos in front, once, and special tokens read as such."""
+        """Of a text that is no chat: with bos in front, once, and special tokens read as such. param: the request's field."""
         model = self._model
         if isinstance(text, list):
             if wrong := [token for token in text if not 0 <= token < model.n_vocab]:
@@ -135,7 +135,10 @@ class _Api:
         else:
             self._require_short(len(text.encode("utf-8", "surrogatepass")), "bytes", param)
             text = text.removeprefix(model.token_text("bos")) if model.adds_bos else text
-            tokens = await asyncio.to_thread(model.tokenize, text, add_special=True, parse_special=True)
+            if param == "prompt":
+                tokens = await asyncio.to_thread(model.prompt, text, parse_special=True)
+            else:
+                tokens = await asyncio.to_thread(model.tokenize, text, add_special=True, parse_special=True)
         if not tokens:
             raise ApiError(400, "there is no text.", code="invalid_value", param=param)
         self._require_short(len(tokens), "tokens", param)
