@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from ..engine import rows
 from ..engine.weights import LOOKUP
@@ -53,7 +54,7 @@ def scan(
         return _multiplied(file, part.tensor, candidates[part], inputs[part.tensor], rounding, n_rows)
 
     found: Errors = {}
-    with ThreadPoolExecutor(threads) as pool:
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
         for part, errors in zip(candidates, pool.map(work, candidates), strict=True):
             found[part] = errors
             progress(len(found), len(candidates))
