@@ -1,5 +1,5 @@
-"""The command line: flags in, one call, one result out. Here what makes and measures a model; other commands have rooms of
-their own: quantize_command, run_commands."""
+"""The command line: flags in, one call, one result out. Here what makes and measures a model; others are in
+quantize_command and run_commands."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -268,8 +268,8 @@ def evaluate(
     text = None
     if not stored:
         sources, special = named_sources(against or ggufs[0], texts, format)
-        split = None if sources else "held-out"
-        text = cutter(sources or [peoples_daily("held-out")], n_ctx, chunks, split, special=special)
+        sources = sources or [peoples_daily("held-out")]
+        text = cutter(sources, n_ctx, chunks, None if texts else "held-out", special=special)
     with terminal.Progress(quiet=as_json).bar("measuring", "chunks") as progress:
         result = evaluate(ggufs, text, base=against, logits=logits, n_ctx=n_ctx, threads=threads, progress=progress)
     terminal.emit(result, as_json, terminal.show_evaluation)

@@ -161,7 +161,7 @@ def chunks(sources: Sequence[Source], tokenize: Tokenize, n_ctx: int, n_chunks: 
 
 
 def cutter(
-    sources: Sequence[Source], n_ctx: int, n_chunks: int | None, split: str | None = None, *, special: bool = False
+    sources: Sequence[Source], n_ctx: int, n_chunks: int | None, split: Split | None = None, *, special: bool = False
 ) -> Callable[[Tokenizing], Chunks]:
     """`chunks` of texts for a model that comes later. special: what looks like a special token in them is meant as one."""
 

@@ -65,6 +65,21 @@ def test_the_output_changes_less_on_rows_that_were_held_back(name, hessian, weig
     assert loss < 0.35 * loss_plain
 
 
+@pytest.mark.parametrize(("d", "name"), [(96, "Q5_1"), (160, "IQ4_NL"), (576, "Q8_0"), (576, "Q4_0"), (768, "Q3_K")])
+@pytest.mark.parametrize("by_diagonal", [False, True])
+def test_rows_of_any_length_and_any_number_of_them(d, name, by_diagonal):
+    """Blocks of less than 256 columns; a tile of one row."""
+    type = TYPE_BY_NAME[name]
+    fit, held = inputs(2048, 1, d), inputs(1024, 2, d)
+    weights = (np.random.default_rng(3).standard_t(5, size=(compensate._TILE + 1, d)) * 0.02).astype(np.float32)
+    weights.setflags(write=False)  # as in a file that is mapped
+    hessian = Hessian(fit.T @ fit, held, len(fit), len(held))
+    found = compensate.compensate(weights, type, None, hessian, dampings=(0.03,), orders=(by_diagonal,))
+    error = weights - decoded(found.rows, type, d)
+    assert found.kept and found.loss < 0.5 * found.loss_plain
+    assert found.loss == pytest.approx(np.square(error @ held.T).sum() / len(held), rel=1e-3)
+
+
 def test_feedback_against_every_rounding_there_is():
     """Six inputs that are not zero, in one group of Q3_K: 8^6 roundings for each row, with the scales that ggml gives."""
     type, live = TYPE_BY_NAME["Q3_K"], np.arange(64, 76, 2)

@@ -8,10 +8,15 @@ import test_hessian
 import tiny
 from click.testing import CliRunner
 
+from cnq.allocate.groups import Part
+from cnq.allocate.rounding import Compensating, Plain
+from cnq.allocate.scan import scan
 from cnq.cli import cli
+from cnq.engine.weights import PRODUCT
 from cnq.errors import QuantizeError, StatisticsError
-from cnq.gguf_file import GgufFile
-from cnq.hessian_file import beside, read_statistics
+from cnq.gguf_file import TYPE_BY_NAME, GgufFile
+from cnq.hessian_file import Statistics, beside, read_statistics
+from cnq.imatrix_file import read_imatrix
 from cnq.quantize import quantize
 
 CHUNKS = 20
@@ -74,6 +79,25 @@ def test_no_matrix_is_worse_on_held_back_inputs(both, calibrated, wide_gguf):
         losses = [float(((e @ sums.held.T) ** 2).sum() / sums.n_held) for e in (plain - exact, mine - exact)]
         assert losses == pytest.approx([o.loss_plain, o.loss], rel=1e-3)
         assert losses[1] < losses[0] if o.kept else losses[1] == losses[0]
+
+
+def test_trying_types_computes_the_factor_of_an_input_once(wide_gguf, calibrated, monkeypatch):
+    """And takes the same errors from it, however many threads there are."""
+    statistics, importance = read_statistics(beside(calibrated)), read_imatrix(calibrated).means()
+    file, random = GgufFile(wide_gguf), np.random.default_rng(0)
+    parts = [Part(f"blk.0.{role}.weight", PRODUCT) for role in ("attn_q", "ffn_down", "ffn_up")]
+    inputs = {p.tensor: random.normal(size=(64, file.tensors[p.tensor].shape[1])).astype(np.float32) for p in parts}
+    types = [TYPE_BY_NAME[name] for name in ("Q3_K", "Q4_K", "Q5_K", "Q6_K")]
+    read, real = [], Statistics.read
+    monkeypatch.setattr(Statistics, "read", lambda self, number: read.append(number) or real(self, number))
+
+    def errors(threads: int):
+        rounding = Compensating(Plain(importance), statistics, threads)
+        return scan(file, dict.fromkeys(parts, types), inputs, np.zeros((1, 1), np.int32), rounding, 64, threads)
+
+    several = errors(3)
+    assert len(read) == len(set(read)) == 3
+    assert several == errors(1)
 
 
 def test_plain_is_what_it_was_without_statistics(both, wide_gguf, calibrated, tmp_path):

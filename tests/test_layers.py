@@ -19,7 +19,7 @@ ORDER = [
 ]  # fmt: skip
 DOORS = {"llama_cpp": ["engine"], "torch": ["checkpoint", "adapters"], "sentencepiece": ["vocab"],
          "huggingface_hub": ["catalog"], "matplotlib": ["report"], "ollama": ["ollama"], "httpx": ["ollama"],
-         "jinja2": ["prompts"], "prompt_toolkit": ["chat_terminal"]}  # fmt: skip
+         "jinja2": ["prompts"], "prompt_toolkit": ["chat_terminal"], "numba": ["engine"]}  # fmt: skip
 
 
 def module_of(path: Path) -> str:

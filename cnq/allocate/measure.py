@@ -18,7 +18,6 @@ from ..engine.model import Model
 from ..errors import CnqError
 from ..files import replacing
 from ..gguf_file import TYPE_BY_NAME, GgufFile, TensorType
-from ..machine import physical_cores
 from ..scores import Estimate
 from .candidates import beside
 from .gains import Prober, by_part, gains
@@ -129,7 +128,7 @@ def measure(
     wanted = {part: list(subject.candidates[part.tensor]) for parts in groups.values() for part in parts}
     missing = known.lacks(wanted)
     unknown = [g for g in groups if g not in known.klds]
-    work = _Work(subject, file, groups, text, effort, threads or physical_cores(), progress)
+    work = _Work(subject, file, groups, text, effort, threads, progress)
     layers = {layer: parts for layer, parts in work.layers().items() if layer not in known.layers}
     if missing or unknown or layers:
         work.run(known, missing, unknown, layers, lambda: cache.save(known))
@@ -249,20 +248,27 @@ class _Work:
         return found
 
     def _compensating(self, missing: dict[Part, list[TensorType]]) -> float:
-        """Seconds of the trial compensated roundings: one is timed, the others go by their columns."""
+        """Seconds of the trial compensated roundings: one is timed, others go by their columns, factors by the square of them."""
         tried = [parts if self.effort.every else [parts[len(parts) // 2]] for parts in self.groups.values()]
-        todo = [(p, t) for parts in tried for p in parts for t in missing.get(p, [])]
+        todo = {p: missing[p] for parts in tried for p in parts if p in missing}
         if not todo:
             return 0.0
-        part, type = todo[len(todo) // 2]
-        tensor = self.file.tensor(part.tensor)
-        values = decoded(tensor.rows()[: self.effort.rows], tensor.type, tensor.shape[-1])
-        with threadpool_limits(1, "blas"):
-            self.subject.rounding.encoded(part.tensor, 0, values[:1], type)  # compiles, and reads what all types share
+        columns = {p: self.file.tensors[p.tensor].shape[-1] for p in todo}
+        first, *_ = probed = list(todo)
+        probe = probed[len(probed) // 2]
+
+        def seconds(part: Part, n: int) -> float:
+            tensor = self.file.tensor(part.tensor)
+            values = decoded(tensor.rows()[:n], tensor.type, tensor.shape[-1])
             started = time.perf_counter()
-            self.subject.rounding.encoded(part.tensor, 0, values, type)
-            each = (time.perf_counter() - started) / tensor.shape[-1]
-        return each * sum(self.file.tensors[p.tensor].shape[-1] for p, _ in todo) / self.threads
+            self.subject.rounding.encoded(part.tensor, 0, values, todo[part][len(todo[part]) // 2])
+            return time.perf_counter() - started
+
+        with threadpool_limits(1, "blas"):
+            seconds(first, 1)  # compiles
+            factor, rounding = seconds(probe, 1), seconds(probe, self.effort.rows)
+        factors = sum((columns[p] / columns[probe]) ** 2 for p in todo) * factor
+        return factors + rounding * sum(len(todo[p]) * columns[p] / columns[probe] for p in todo) / self.threads
 
 
 class _Timed(AbstractContextManager[Callable[[int, int], object]]):

@@ -49,25 +49,28 @@ class Plain:
 @dataclass(frozen=True)
 class Compensating:
     """Compensated rounding (engine/compensate.py) where the final run does it; else ggml's. Of what the final run tries for a
-    matrix, and takes the best of, the first alone."""
+    matrix, and takes the best of, the first alone.
+
+    The last factor is kept, and computed in `threads`: go through the types of one matrix after those of another.
+    """
 
     plain: Plain
     statistics: Statistics
+    threads: int
     _last: "dict[int, Hessian]" = field(default_factory=dict)
     _reading: threading.Lock = field(default_factory=threading.Lock)
 
     def encoded(self, tensor: str, matrix: int, values: np.ndarray, type: TensorType) -> np.ndarray:
-        from ..engine.compensate import compensate  # a compiler comes with it
-
         number = self.statistics.find(tensor, None)
         number = self.statistics.find(tensor, matrix) if number is None else number
         if number is None or not can_change(type) or not self.statistics.inputs[number].enough:
             return self.plain.encoded(tensor, matrix, values, type)
+        from ..engine.compensate import compensate  # a compiler comes with it
+
         weights = self.plain.weights(tensor, matrix, values.shape[1])
         return compensate(values, type, weights, self._hessian(number), dampings=DAMPINGS[:1], orders=ORDERS[:1]).rows
 
     def _hessian(self, number: int) -> "Hessian":
-        """The last one is kept, with its factor: tensors with the same input come one after the other."""
         from ..engine.compensate import Hessian
 
         with self._reading:
@@ -75,7 +78,7 @@ class Compensating:
                 self._last.clear()
                 sums = self.statistics.read(number)
                 hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
-                with ThreadPoolExecutor(1) as pool:
+                with ThreadPoolExecutor(self.threads) as pool:
                     hessian.factor(DAMPINGS[0], ORDERS[0], pool)
                 self._last[number] = hessian
             return self._last[number]

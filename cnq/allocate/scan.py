@@ -48,15 +48,16 @@ def scan(
     inputs: tensor -> (tokens, columns), Sampler.inputs. tokens: of the text, which rows of the table were looked up.
     """
 
-    def work(part: Part) -> dict[str, Error]:
-        if part.use == LOOKUP:
-            return _looked_up(file, part.tensor, candidates[part], tokens, rounding, n_rows)
-        return _multiplied(file, part.tensor, candidates[part], inputs[part.tensor], rounding, n_rows)
-
     found: Errors = {}
     with threadpool_limits(1, "blas"), ThreadPoolExecutor(threads) as pool:
-        for part, errors in zip(candidates, pool.map(work, candidates), strict=True):
-            found[part] = errors
+        for part, types in candidates.items():
+            error = (
+                _looked_up(file, part.tensor, tokens, rounding, n_rows)
+                if part.use == LOOKUP
+                else _multiplied(file, part.tensor, types, inputs[part.tensor], rounding, n_rows)
+            )
+            # the types of one part side by side: compensation takes one and the same factor for all of them
+            found[part] = dict(zip((t.name for t in types), pool.map(error, types), strict=True))
             progress(len(found), len(candidates))
     return found
 
@@ -77,28 +78,24 @@ def _sampled(file: GgufFile, name: str, n_rows: int) -> list[tuple[int, np.ndarr
 
 def _multiplied(
     file: GgufFile, name: str, types: Sequence[TensorType], x: np.ndarray, rounding: Rounding, n_rows: int
-) -> dict[str, Error]:
+) -> Callable[[TensorType], Error]:
     sampled = _sampled(file, name, n_rows)
     exact = [values @ x.T for _, values in sampled]
     power = sum(map(_squares, exact)) or 1.0
-    rounded: dict[int, np.ndarray] = {}  # inputs, by the form that the type asks for
-    found = {}
-    for type in types:
-        form = rows.input_type(type)
-        if form.id not in rounded:
-            rounded[form.id] = rows.rounded_inputs(x, type)
+    rounded = {form: rows.rounded_inputs(x, type) for form, type in {rows.input_type(t): t for t in types}.items()}
+
+    def error(type: TensorType) -> Error:
         weight, output = 0.0, 0.0
         for (matrix, values), outputs in zip(sampled, exact, strict=True):
             near = decoded(rounding.encoded(name, matrix, values, type), type, values.shape[1])
             weight += _squares((near - values) @ x.T)
-            output += _squares(near @ rounded[form.id].T - outputs)
-        found[type.name] = Error(weight / power, output / power)
-    return found
+            output += _squares(near @ rounded[rows.input_type(type)].T - outputs)
+        return Error(weight / power, output / power)
+
+    return error
 
 
-def _looked_up(
-    file: GgufFile, name: str, types: Sequence[TensorType], tokens: np.ndarray, rounding: Rounding, n_rows: int
-) -> dict[str, Error]:
+def _looked_up(file: GgufFile, name: str, tokens: np.ndarray, rounding: Rounding, n_rows: int) -> Callable[[TensorType], Error]:
     """Over the rows of so many tokens of the text, as often as they occur."""
     table = file.tensor(name)
     random = np.random.default_rng(zlib.crc32(name.encode()))
@@ -106,12 +103,13 @@ def _looked_up(
     ids, counts = np.unique(chosen, return_counts=True)
     values = decoded(table.rows()[ids], table.type, table.shape[-1])
     power = float(counts @ np.square(values).sum(1, dtype=np.float64)) or 1.0
-    found = {}
-    for type in types:
+
+    def error(type: TensorType) -> Error:
         near = decoded(rounding.encoded(name, 0, values, type), type, values.shape[1])
-        error = float(counts @ np.square(near - values).sum(1, dtype=np.float64)) / power
-        found[type.name] = Error(error, error)
-    return found
+        lost = float(counts @ np.square(near - values).sum(1, dtype=np.float64)) / power
+        return Error(lost, lost)
+
+    return error
 
 
 def _squares(a: np.ndarray) -> float:

@@ -13,6 +13,7 @@ from ..fingerprint import fingerprint
 from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..hessian_file import Statistics
 from ..imatrix_file import read_imatrix
+from ..machine import physical_cores
 from ..quantize import Plan, anchored, plan, plans, statistics_for
 from . import knapsack
 from .candidates import Space, allowed_types, fixed, space
@@ -101,8 +102,8 @@ def allocate(
     nbytes = min(nbytes, room.limits[1]) if budget.clipped else nbytes
     room.require(nbytes)
     key = _key(file, imatrix, statistics)
-    plain = Plain(importance)
-    subject = Subject(src, room.candidates, Compensating(plain, statistics) if statistics else plain, key)
+    plain, threads = Plain(importance), threads or physical_cores()
+    subject = Subject(src, room.candidates, Compensating(plain, statistics, threads) if statistics else plain, key)
     known, groups = measure(subject, text, EFFORTS[effort], threads, progress)
     gains = known.gains(groups)
     solving = time.perf_counter()

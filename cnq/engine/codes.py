@@ -8,12 +8,15 @@ ships them.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import QuantizeError
 from ..gguf_file import TYPE_BY_NAME, TensorType
+
+if TYPE_CHECKING:
+    from .kernels import Levels
 
 
 @dataclass(frozen=True)
@@ -46,30 +49,6 @@ def _times(d: np.ndarray, scales: np.ndarray | None) -> np.ndarray:
         return d
     groups = scales.shape[1] // d.shape[1]
     return (d[:, :, None] * scales.reshape(len(d), -1, groups)).reshape(scales.shape)
-
-
-class Levels(NamedTuple):
-    """What codes stand for. at: by code, ascending. middles: between two of them; none where they are whole numbers in a row.
-    first, last: codes that may be used."""
-
-    at: np.ndarray
-    middles: np.ndarray
-    first: int
-    last: int
-
-
-class Grid(NamedTuple):
-    """Where values of n rows can lie. d, dmin: (n, blocks). scales, mins: (n, groups), whole numbers. group: columns of one.
-    changing: whether scales and mins can be stored, within low … high; else a block is one group, and they stay."""
-
-    d: np.ndarray
-    dmin: np.ndarray
-    scales: np.ndarray
-    mins: np.ndarray
-    group: int
-    changing: bool
-    low: int
-    high: int
 
 
 @dataclass(frozen=True)
@@ -124,8 +103,10 @@ class Form:
     _write: _Write | None = None
 
     @cached_property
-    def nearest(self) -> Levels:
+    def kernel_levels(self) -> "Levels":
         """The levels as the kernels take them. Whole numbers in a row need no middles: rounding finds the nearest."""
+        from .kernels import Levels  # a compiler comes with it
+
         in_a_row = bool((np.diff(self.levels) == 1).all())
         middles = np.empty(0, np.float32) if in_a_row else (self.levels[1:] + self.levels[:-1]) / 2
         return Levels(self.levels, middles, *self.usable)

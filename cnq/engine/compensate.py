@@ -19,10 +19,9 @@ from .codes import Form, form
 from .factor import Factor, factorized, ridge
 from .kernels import feed_back
 from .quantizer import DAMPINGS, ORDERS
-from .refine import Rounded, sweep
+from .refine import Rounded, block_width, sweep
 
 _TILE = 256  # rows that a thread works on at once
-_BLOCK = 256  # columns after which errors are handed on to the rest of the row
 _SAMPLE, _SAMPLE_TILE = 128, 32  # rows that damping and order are chosen on
 _SWEEPS = 4
 _KEPT = 1 << 30  # bytes of factors that statistics hold, at most, beside the one in use
@@ -58,14 +57,9 @@ class Hessian:
 
 def _by_diagonal(hessian: np.ndarray) -> np.ndarray:
     """Columns so that blocks stay together: the heaviest first, and in each the heaviest column."""
-    blocks = np.diag(hessian).reshape(-1, _width(len(hessian)))
+    blocks = np.diag(hessian).reshape(-1, block_width(len(hessian)))
     inside = np.argsort(-blocks, 1, kind="stable")
     return np.concatenate([inside[b] + b * blocks.shape[1] for b in np.argsort(-blocks.sum(1), kind="stable")])
-
-
-def _width(columns: int) -> int:
-    """Columns of a block: 256, or less in a row that is no multiple of it, which only types with blocks of 32 can store."""
-    return int(np.gcd(columns, _BLOCK))
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ def _rounded(
     out = np.empty((n, type.row_bytes(d)), np.uint8)
 
     def do(start: int) -> float:
-        part = np.ascontiguousarray(weights[start : start + tile], np.float32)
+        part = np.array(weights[start : start + tile], np.float32, order="C")
         data = out[start : start + tile] = round(part)
         error = part - rows.decode(data, type, np.empty(part.size, np.float32))
         with np.errstate(over="ignore", invalid="ignore"):
@@ -185,7 +179,7 @@ def feedback(weights: np.ndarray, shape: Form, factor: Factor) -> np.ndarray:
     that later columns make up for.
     """
     n, d = weights.shape
-    width = _width(d)
+    width = block_width(d)
     out = np.empty((n, d // width, shape.type.row_bytes(width)), np.uint8)
     errors = np.empty_like(weights)  # in the order of the factor
     codes = np.empty((n, width), np.uint8)
@@ -193,7 +187,7 @@ def feedback(weights: np.ndarray, shape: Form, factor: Factor) -> np.ndarray:
     costs[factor.order] = factor.remains / factor.remains.mean()
     for start in range(0, d, width):
         own = slice(start, start + width)
-        original = weights[:, factor.order[own]]
+        original = np.take(weights, factor.order[own], 1)
         now = original + errors[:, :start] @ factor.feedback[:start, own]
         block, inside = factor.order[start] // width, factor.order[own] % width
         values = np.empty((n, width), np.float32)
@@ -204,7 +198,7 @@ def feedback(weights: np.ndarray, shape: Form, factor: Factor) -> np.ndarray:
         offsets = np.zeros_like(steps) if offsets is None else offsets
         made = np.empty_like(now)
         within = np.ascontiguousarray(factor.feedback[own, own])
-        feed_back(now, original, made, codes, inside, shape.group, steps, offsets, within, shape.nearest)
+        feed_back(now, original, made, codes, inside, shape.group, steps, offsets, within, shape.kernel_levels)
         errors[:, own] = made
         shape.put_codes(data, codes)
         out[:, block] = data

@@ -29,8 +29,8 @@ class Compensation:
     def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[tuple[Outcome, int, np.ndarray]]:
         """Yield what came of each matrix, the byte of its tensor where it starts, and its rounded rows.
 
-        begin: hears a tensor's name. Memory at a time: a matrix as float32 and its candidates, the two sums of its input, and
-        their factors. Raises QuantizeError, StatisticsError.
+        begin: hears a tensor's name. Memory at a time: a matrix as float32 and its candidates, H of its input with a sketch of
+        the rows held back, and its factors. Raises QuantizeError, StatisticsError.
         """
         for name in self._fixed:
             yield self._not_tried(name, None, "codes of this type stand for groups"), 0, np.empty(0, np.uint8)

@@ -6,30 +6,64 @@ min a group's. Arrays are contiguous and float32 where nothing else is said.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from pickle import UnpicklingError
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .codes import Grid, Levels
-
-
-def _compiled(**options: Any) -> Callable[[Any], Any]:
-    def decorate(function: Any) -> Any:
-        try:
-            return njit(nogil=True, error_model="numpy", cache=True, **options)(function)
-        except RuntimeError:  # no folder to keep it in: compiled again in every process
-            return njit(nogil=True, error_model="numpy", **options)(function)
-
-    return decorate
-
-
-# Sums may be taken in any order, so that vectors do; values are rounded step by step, as ggml rounds them.
-_summing = _compiled(fastmath={"reassoc", "contract", "nsz"})
-_exact = _compiled()
-
 _LARGEST_HALF = 65504.0
 _FLAT = 1e-5  # two directions that are so nearly one have no best point
+
+# Sums may be taken in any order, so that vectors do; values are rounded step by step, as ggml rounds them.
+_summing = njit(nogil=True, fastmath={"reassoc", "contract", "nsz"})
+_exact = njit(nogil=True, error_model="numpy")
+
+
+def _kept(function: Callable[..., None]) -> Callable[..., None]:
+    """Compiled with all that it calls, once for this machine: the code is kept beside this file, or in the user's cache."""
+    plain = _exact(function)
+    try:
+        cached = njit(nogil=True, error_model="numpy", cache=True)(function)
+    except RuntimeError:  # there is no folder for it
+        return plain
+
+    @wraps(function)
+    def call(*arguments: object) -> None:
+        try:
+            cached(*arguments)
+        except (OSError, EOFError, UnpicklingError):  # of the kept code, before it runs: a full disk, a damaged file
+            plain(*arguments)
+
+    return call
+
+
+class Levels(NamedTuple):
+    """What codes stand for. at: by code, ascending. middles: between two of them; none where they are whole numbers in a row.
+    first, last: codes that may be used."""
+
+    at: np.ndarray
+    middles: np.ndarray
+    first: int
+    last: int
+
+
+class Grid(NamedTuple):
+    """Where values of n rows can lie. d, dmin: (n, blocks). scales, mins: (n, groups), whole numbers. group: columns of one.
+
+    changing: whether a group has a scale of its own, and a min where dmin is not 0, within low … high; else a block is one
+    group, and they stay.
+    """
+
+    d: np.ndarray
+    dmin: np.ndarray
+    scales: np.ndarray
+    mins: np.ndarray
+    group: int
+    changing: bool
+    low: int
+    high: int
 
 
 @_summing
@@ -73,7 +107,7 @@ def _nearest(moved: float, step: float, levels: Levels) -> int:
     return code
 
 
-@_exact
+@_kept
 def feed_back(
     now: np.ndarray,
     original: np.ndarray,
@@ -89,8 +123,8 @@ def feed_back(
     """Round a block column by column, and hand the errors on.
 
     now, original: (n, width), the weights as the columns before have corrected them, and as they are. errors, and codes
-    (uint8): (n, width), which are filled. inside: (width,), the columns' places in the block: `codes` goes by these, all else
-    by the order of rounding. steps, offsets: (n, groups). within: (width, width), of the factor.
+    (uint8): (n, width), which are filled. inside: (width,), the columns' places in the block: `codes` goes by these, and so do
+    steps, offsets: (n, groups); all else by the order of rounding. within: (width, width), of the factor.
     """
     for r in range(len(now)):
         for c in range(now.shape[1]):
@@ -103,7 +137,7 @@ def feed_back(
                 _add(now[r, c + 1 :], error, within[c, c + 1 :])
 
 
-@_exact
+@_kept
 def choose_again(
     weights: np.ndarray,
     errors: np.ndarray,
@@ -169,7 +203,10 @@ def _integers(
     grid: Grid, r: int, g: int, per_block: int, at: int, k: np.ndarray, p: np.ndarray, corner: np.ndarray, sums: np.ndarray,
     levels: Levels, along: np.ndarray,
 ) -> bool:  # fmt: skip
-    """A group's scale and min, to the best integers near the best numbers. Returns whether they changed."""
+    """A group's scale and min, to the best integers near the best numbers. Returns whether they changed.
+
+    g: the group's number in the row; at: among these columns.
+    """
     block = g // per_block
     d, dmin = grid.d[r, block], grid.dmin[r, block]
     for i in range(at * grid.group, (at + 1) * grid.group):
@@ -197,7 +234,10 @@ def _halves(
     grid: Grid, r: int, g: int, groups: int, per_block: int, at: int, k: np.ndarray, p: np.ndarray, corner: np.ndarray,
     sums: np.ndarray, levels: Levels, along: np.ndarray,
 ) -> bool:  # fmt: skip
-    """The d and dmin of a block, to the best numbers rounded to half precision. Returns whether they changed."""
+    """The d and dmin of a block, to the best numbers rounded to half precision. Returns whether they changed.
+
+    g: the number of its first group in the row; at: among these columns. groups: how many it has.
+    """
     block = g // per_block
     across = np.empty(groups, np.float32)
     for j in range(groups):
@@ -218,8 +258,8 @@ def _halves(
 def _parabola(
     along: np.ndarray, across: np.ndarray, p: np.ndarray, corner: np.ndarray, sums: np.ndarray, at: int, group: int
 ) -> tuple[float, float, float, float, float]:
-    """What it costs when values move by x · along + y · across, from group `at` on: (xx, xy, yy, x, y) of the cost
-    xx x² + 2 xy x y + yy y² − 2 x x − 2 y y.
+    """What it costs when values move by s · along + t · across, from group `at` on: (xx, xy, yy, x, y) of the cost
+    xx s² + 2 xy s t + yy t² − 2 x s − 2 y t.
 
     along: by column. across: (groups,), alike in each group's columns.
     """
@@ -242,7 +282,7 @@ def _parabola(
 
 @_exact
 def _best(xx: float, xy: float, yy: float, x: float, y: float) -> tuple[float, float]:
-    """The x and y of the least cost; 0 where there is none."""
+    """The s and t of the least cost; 0 where there is none."""
     if not yy > 0:
         return (x / xx if xx > 0 else 0.0), 0.0
     determinant = xx * yy - xy * xy

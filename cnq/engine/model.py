@@ -216,7 +216,7 @@ class Model:
         raise EngineError(f"{len(raw)} bytes of text could not be tokenized.")
 
     def prompt(self, text: str, *, parse_special: bool) -> list[int]:
-        """Tokens for the model to go on from: without the eos that some tokenizers put behind a text, as in training."""
+        """Tokens for the model to go on from: without the eos that some tokenizers put behind a text, which is for training."""
         ids = self.tokenize(text, add_special=True, parse_special=parse_special)
         return ids[:-1] if self._adds_eos else ids
 

@@ -9,8 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .codes import Form, Grid, Scales
-from .kernels import choose_again
+from .codes import Form, Scales
+from .kernels import Grid, choose_again
+
+_BLOCK = 256  # columns after which errors are handed on to the rest of a row
+
+
+def block_width(columns: int) -> int:
+    """Columns of a block: 256, or less in a row that is no multiple of it, which only types with blocks of 32 can store."""
+    return int(np.gcd(columns, _BLOCK))
 
 
 @dataclass(frozen=True)
@@ -60,11 +67,13 @@ class Rounded:
 def sweep(rounded: Rounded, hessian: np.ndarray, ridge: np.ndarray) -> None:
     """Choose everything again once. hessian: (d, d) float32; ridge: (d,), what damping adds to its diagonal."""
     form, d = rounded.form, rounded.weights.shape[1]
-    width = int(np.gcd(d, 256))
+    width = block_width(d)
     for start in range(0, d, width):
         own = slice(start, start + width)
         # (n, width): half of what the cost falls by as a value grows
         pull = rounded.errors @ hessian[:, own] + rounded.errors[:, own] * ridge[own]
         corner = hessian[own, own] + np.diag(ridge[own])
         sums = np.add.reduceat(corner, np.arange(0, width, form.group), 1)
-        choose_again(rounded.weights, rounded.errors, rounded.codes, rounded.grid, pull, corner, sums, start, form.nearest)
+        choose_again(
+            rounded.weights, rounded.errors, rounded.codes, rounded.grid, pull, corner, sums, start, form.kernel_levels
+        )

@@ -165,7 +165,7 @@ def _round(
 
     The result is llama_model_quantize's, byte for byte; but its threads meet after each tensor, while it is written.
     statistics: folder of second moments; tensors that have some are rounded with compensation, after the others, and what
-    came of it is returned (compensation.Outcome).
+    came of it is returned (quantizer.Outcome).
     """
     file = GgufFile(Path(src))
     wanted = {name: TYPE_BY_NAME[type] for name, type in types}

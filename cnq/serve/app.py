@@ -94,7 +94,7 @@ class _Api:
         wanted = parsed(CompletionRequest, await _body(request))
         self._require(wanted.model)
         self._slots.require_place()
-        prompt = await self._tokens(wanted.text, "prompt")
+        prompt = await self._tokens(wanted.text, "prompt", going_on=True)
         limit = wanted.max_tokens or self._model.n_ctx
         ask = Ask(prompt, await self._sampling(wanted), limit, stop=wanted.stops, logprobs=wanted.logprobs)
         return await self._answered(request, wanted, ask, CompletionReply)
@@ -125,8 +125,11 @@ class _Api:
             told = f"this model's context is {n_ctx} tokens, and the prompt alone has {size} {unit}. Shorten it."
             raise ApiError(400, told, code="context_length_exceeded", param=param)
 
-    async def _tokens(self, text: str | list[int], param: str) -> list[int]:
-        """Of a text that is no chat: with bos in front, once, and special tokens read as such. param: the request's field."""
+    async def _tokens(self, text: str | list[int], param: str, *, going_on: bool = False) -> list[int]:
+        """Of a text that is no chat: with bos in front, once, and special tokens read as such.
+
+        param: the request's field. going_on: whether the model goes on from it.
+        """
         model = self._model
         if isinstance(text, list):
             if wrong := [token for token in text if not 0 <= token < model.n_vocab]:
@@ -135,7 +138,7 @@ class _Api:
         else:
             self._require_short(len(text.encode("utf-8", "surrogatepass")), "bytes", param)
             text = text.removeprefix(model.token_text("bos")) if model.adds_bos else text
-            if param == "prompt":
+            if going_on:
                 tokens = await asyncio.to_thread(model.prompt, text, parse_special=True)
             else:
                 tokens = await asyncio.to_thread(model.tokenize, text, add_special=True, parse_special=True)
