@@ -248,7 +248,7 @@ class _Work:
         return found
 
     def _compensating(self, missing: dict[Part, list[TensorType]]) -> float:
-        """Seconds of the trial compensated roundings: one is timed, others go by their columns, factors by the square of them."""
+        """Seconds of the trial compensated roundings: one is timed, others go by their columns, factors by their square."""
         tried = [parts if self.effort.every else [parts[len(parts) // 2]] for parts in self.groups.values()]
         todo = {p: missing[p] for parts in tried for p in parts if p in missing}
         if not todo:
