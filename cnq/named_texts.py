@@ -4,8 +4,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import corpus, prompts
-from .corpus import Source
+from . import prompts
+from .corpus import Source, read_source
 from .gguf_file import GgufFile
 
 
@@ -25,5 +25,5 @@ def named_sources(gguf: Path, texts: Sequence[str], format: str | None = None) -
 
     render = rendered if jinja else None
     named = [re.fullmatch(r"(.*?)(?:=([\d.]+))?", text) for text in texts]
-    sources = [corpus.read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
+    sources = [read_source(Path(m[1]), render, float(m[2] or 1)) for m in named if m]
     return sources, any(s.name.endswith((".json", ".jsonl", ".parquet")) for s in sources)

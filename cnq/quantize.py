@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 
-from .engine.quantizer import DAMPINGS, Choice, Outcome, Quantizer
+from .engine.quantizer import DAMPING, Choice, Outcome, Quantizer
 from .errors import GgufError, ImatrixRequired, QuantizeError, StatisticsError, listed
 from .files import replacing
 from .fingerprint import fingerprint
@@ -168,7 +168,7 @@ def _rounding_fields(statistics: Statistics) -> dict[str, str | int]:
     """The keys that tell of the rounding in the file; readers that do not know them pass them over."""
     return {
         "cnq.rounding.method": "compensated",
-        "cnq.rounding.damping": ", ".join(f"{d:g}" for d in DAMPINGS),
+        "cnq.rounding.damping": f"{DAMPING:g}",
         "cnq.rounding.statistics": statistics.digest,
     }
 

@@ -53,7 +53,7 @@ def decoded(data: np.ndarray, type: TensorType, d: int = D) -> np.ndarray:
 def test_the_output_changes_less_on_rows_that_were_held_back(name, hessian, weights):
     type = TYPE_BY_NAME[name]
     importance = np.ascontiguousarray(np.diag(hessian.fit)) / hessian.n_fit
-    found = compensate.compensate(weights, type, importance, hessian, dampings=(0.03,), orders=(False,))
+    found = compensate.compensate(weights, type, importance, hessian, damping=0.03, orders=(False,))
     assert found.kept
     x = inputs(1024, 2)  # the held-back ones themselves
     loss, loss_plain = (
@@ -74,7 +74,7 @@ def test_rows_of_any_length_and_any_number_of_them(d, name, by_diagonal):
     weights = (np.random.default_rng(3).standard_t(5, size=(compensate._TILE + 1, d)) * 0.02).astype(np.float32)
     weights.setflags(write=False)  # as in a file that is mapped
     hessian = Hessian(fit.T @ fit, held, len(fit), len(held))
-    found = compensate.compensate(weights, type, None, hessian, dampings=(0.03,), orders=(by_diagonal,))
+    found = compensate.compensate(weights, type, None, hessian, damping=0.03, orders=(by_diagonal,))
     error = weights - decoded(found.rows, type, d)
     assert found.kept and found.loss < 0.5 * found.loss_plain
     assert found.loss == pytest.approx(np.square(error @ held.T).sum() / len(held), rel=1e-3)
@@ -165,7 +165,7 @@ def test_plain_rounding_stays_where_it_is_better_on_the_rows_held_back(hessian, 
     """Statistics that say nothing about the inputs to come."""
     type = TYPE_BY_NAME["Q4_K"]
     other = Hessian(hessian.fit, np.eye(D, dtype=np.float32), hessian.n_fit, D)
-    found = compensate.compensate(weights, type, None, other, dampings=(0.001,), orders=(False,))
+    found = compensate.compensate(weights, type, None, other, damping=0.001, orders=(False,))
     assert not found.kept
     assert np.array_equal(found.rows, plain(weights, type))
     assert found.loss == found.loss_plain
@@ -178,9 +178,7 @@ def test_the_number_of_threads_changes_nothing(name, hessian, weights, monkeypat
 
     def found(threads: int) -> compensate.Compensated:
         fresh = Hessian(hessian.fit, hessian.held, hessian.n_fit, hessian.n_held)
-        return compensate.compensate(
-            weights, type, None, fresh, dampings=(0.01, 0.1), orders=(False, True), sweeps=1, threads=threads
-        )
+        return compensate.compensate(weights, type, None, fresh, damping=0.1, orders=(False, True), sweeps=1, threads=threads)
 
     one, three = found(1), found(3)
     assert np.array_equal(one.rows, three.rows)

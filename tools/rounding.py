@@ -94,9 +94,14 @@ def main(
     if picture:
         draw(stages[f"{types[0]}, compensated"].said, picture)
     if write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        body = "\n".join(lines).rstrip()
-        PAGE.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{body}\n{END}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+        put_into_page(lines, BEGIN, END)
+
+
+def put_into_page(lines: list[str], begin: str, end: str) -> None:
+    """Between two marks of docs/benchmarks.md; at its end where they are not there yet."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
+    body = "\n".join(lines).rstrip()
+    PAGE.write_text(f"{before.rstrip()}\n\n{begin}\n{body}\n{end}{rest.partition(end)[2] or chr(10)}", encoding="utf-8")
 
 
 def once(path: Path, make: Callable[[], Ran]) -> Ran:

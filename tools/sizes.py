@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rounding import FILE, PAGE, Ran, calibrated, cnq, header, measured, once, rounded, row
+from rounding import FILE, Ran, calibrated, cnq, header, measured, once, put_into_page, rounded, row
 
 from cnq.evaluate import Evaluation
 from cnq.fitting import FRONTIER
@@ -70,9 +70,7 @@ def main(
     lines += ["", *predicted(said), "", *stages(gguf, said, calibration, each)]
     click.echo("\n".join(lines))
     if write:
-        before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        body = "\n".join(lines).rstrip()
-        PAGE.write_text(f"{before.rstrip()}\n\n{BEGIN}\n{body}\n{END}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+        put_into_page(lines, BEGIN, END)
 
 
 def table(gguf: Path, files: dict[tuple[str, str], Path], n_chunks: int, threads: int) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..engine import rows
 from ..engine.codes import can_change
-from ..engine.quantizer import DAMPINGS, ORDERS
+from ..engine.quantizer import DAMPING, ORDERS
 from ..gguf_file import TensorType
 from ..hessian_file import Statistics
 
@@ -68,7 +68,7 @@ class Compensating:
         from ..engine.compensate import compensate  # a compiler comes with it
 
         weights = self.plain.weights(tensor, matrix, values.shape[1])
-        return compensate(values, type, weights, self._hessian(number), dampings=DAMPINGS[:1], orders=ORDERS[:1]).rows
+        return compensate(values, type, weights, self._hessian(number), orders=ORDERS[:1]).rows
 
     def _hessian(self, number: int) -> "Hessian":
         from ..engine.compensate import Hessian
@@ -79,6 +79,6 @@ class Compensating:
                 sums = self.statistics.read(number)
                 hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
                 with ThreadPoolExecutor(self.threads) as pool:
-                    hessian.factor(DAMPINGS[0], ORDERS[0], pool)
+                    hessian.factor(DAMPING, ORDERS[0], pool)
                 self._last[number] = hessian
             return self._last[number]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..engine.child import Child
-from ..engine.quantizer import DAMPINGS, ORDERS
+from ..engine.quantizer import DAMPING, ORDERS
 from ..errors import EngineError, QuantizeError
 from ..files import sha256
 from ..fingerprint import fingerprint
@@ -139,7 +139,7 @@ def repacked_here() -> frozenset[str]:
 
 
 def _key(file: GgufFile, imatrix: Path | None, statistics: Statistics | None) -> str:
-    compensated = f"{statistics.digest} {DAMPINGS[0]} {ORDERS[0]}" if statistics else ""
+    compensated = f"{statistics.digest} {DAMPING} {ORDERS[0]}" if statistics else ""
     parts = [fingerprint(file).hex(), sha256(imatrix) if imatrix else "", compensated]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:32]
 

@@ -8,7 +8,6 @@ before it did to the layer's output on the calibration text (factor.py); then ev
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cache
 
 import numpy as np
 
@@ -18,11 +17,11 @@ from . import rows
 from .codes import Form, form
 from .factor import Factor, factorized, ridge
 from .kernels import feed_back
-from .quantizer import DAMPINGS, ORDERS
+from .quantizer import DAMPING, ORDERS
 from .refine import Rounded, block_width, sweep
 
 _TILE = 256  # rows that a thread works on at once
-_SAMPLE, _SAMPLE_TILE = 128, 32  # rows that damping and order are chosen on
+_SAMPLE, _SAMPLE_TILE = 128, 32  # rows that the order is chosen on
 _SWEEPS = 4
 _KEPT = 1 << 30  # bytes of factors that statistics hold, at most, beside the one in use
 
@@ -84,16 +83,16 @@ def compensate(
     importance: np.ndarray | None,
     hessian: Hessian,
     *,
-    dampings: Sequence[float] = DAMPINGS,
+    damping: float = DAMPING,
     orders: Sequence[bool] = ORDERS,
     sweeps: int = _SWEEPS,
     threads: int = 1,
 ) -> Compensated:
     """Round a matrix (n, d) float32 to `type`.
 
-    importance: (d,) float32, as ggml weighs errors where it rounds plainly; None: alike. dampings, orders (by diagonal or
-    not): the best by the held-back loss of some of the rows is taken. The result does not depend on `threads`, each of which
-    works best where BLAS has a single one.
+    importance: (d,) float32, as ggml weighs errors where it rounds plainly; None: alike. damping: see factor.ridge. orders: by
+    diagonal or not; of several the best by the held-back loss of some of the rows is taken. The result does not depend on
+    `threads`, each of which works best where BLAS has a single one.
     Raises QuantizeError: weights that are not finite or too large for the type, a type whose codes stand for groups
     (codes.can_change), statistics of other columns or that are not positive definite.
     """
@@ -112,21 +111,16 @@ def compensate(
     with ThreadPoolExecutor(threads) as pool:
         data_plain, loss_plain = _rounded(weights, type, plain, hessian, pool)
 
-        def again(damping: float, by_diagonal: bool) -> Callable[[np.ndarray], np.ndarray]:
+        def again(by_diagonal: bool) -> Callable[[np.ndarray], np.ndarray]:
             factor = hessian.factor(damping, by_diagonal, pool)
             return lambda part: _compensated(part, shape, factor, hessian.fit, sweeps)
 
-        @cache
-        def tried(damping: float, by_diagonal: bool) -> float:
-            return _rounded(sample, type, again(damping, by_diagonal), hessian, pool, _SAMPLE_TILE)[1]
+        def tried(by_diagonal: bool) -> float:
+            return _rounded(sample, type, again(by_diagonal), hessian, pool, _SAMPLE_TILE)[1]
 
         sample = weights[:: -(-len(weights) // _SAMPLE)]
-        damping, by_diagonal = dampings[0], orders[0]
-        if len(dampings) > 1:
-            damping = min(dampings, key=lambda damping: tried(damping, by_diagonal))
-        if len(orders) > 1:
-            by_diagonal = min(orders, key=lambda by_diagonal: tried(damping, by_diagonal))
-        data, loss = _rounded(weights, type, again(damping, by_diagonal), hessian, pool)
+        by_diagonal = min(orders, key=tried) if len(orders) > 1 else orders[0]
+        data, loss = _rounded(weights, type, again(by_diagonal), hessian, pool)
     kept = loss < loss_plain
     return Compensated(data if kept else data_plain, loss_plain, min(loss, loss_plain), damping, by_diagonal, kept)
 
@@ -166,8 +160,9 @@ def _encoded(part: np.ndarray, type: TensorType, importance: np.ndarray | None) 
 def _compensated(part: np.ndarray, shape: Form, factor: Factor, hessian: np.ndarray, sweeps: int) -> np.ndarray:
     data = feedback(part, shape, factor)
     rounded = Rounded.read(shape, part, data)
+    added = ridge(hessian, factor.damping)
     for _ in range(sweeps):
-        sweep(rounded, hessian, ridge(hessian, factor.damping))
+        sweep(rounded, hessian, added)
     rounded.write(data)
     return data
 

@@ -267,11 +267,9 @@ def _parabola(
     first, last = at * group, (at + groups) * group
     xx = xy = yy = x = y = 0.0
     for i in range(first, last):
-        weighed, driven, own = (
-            _dot(corner[i, first:last], along[first:last]),
-            _dot(sums[i, at : at + groups], across),
-            across[(i - first) // group],
-        )
+        weighed = _dot(corner[i, first:last], along[first:last])
+        driven = _dot(sums[i, at : at + groups], across)
+        own = across[(i - first) // group]
         xx += along[i] * weighed
         xy += along[i] * driven
         yy += own * driven

@@ -13,10 +13,10 @@ from ..errors import QuantizeError
 from ..gguf_file import TYPE_BY_NAME, TensorType
 from .child import Child
 
-# What compensated rounding tries for each matrix: shares of the diagonal added to it, and whether columns go by the diagonal.
-# The best on inputs held back is taken. These are of the same texts, and less damping always looks better on them: on texts
-# unlike them a choice of 0.1, 0.03 and 0.3 lost more, and gained nothing on texts of their language (docs/rounding.md).
-DAMPINGS: tuple[float, ...] = (1.0,)
+# Of compensated rounding: the share of the diagonal that is added to it. Not chosen for each matrix by inputs held back: these
+# are of the same texts, where less damping looks better, and texts unlike them lost more by it (docs/rounding.md).
+DAMPING = 1.0
+# Whether columns go by the diagonal. Tried for each matrix; the better one on inputs held back is taken.
 ORDERS: tuple[bool, ...] = (True, False)
 
 
