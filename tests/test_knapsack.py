@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from cnq.allocate.knapsack import solve
@@ -22,6 +22,8 @@ def best(costs, sizes, budget, least):
 
 @settings(max_examples=150, deadline=None)
 @given(items=ITEMS, unit=st.sampled_from([1, 32, 100_000]), share=st.floats(-0.1, 1.1), filled=st.sampled_from([0.0, 0.9]))
+@example(items=[[(0, 71), (0, 142)]], unit=1, share=1.0, filled=0.9)  # bounds between two multiples of what sizes share
+@example(items=[[(0, 71), (0, 142)]], unit=1, share=0.5, filled=0.9)
 def test_the_answer_is_the_best_of_all(items, unit, share, filled):
     costs = [[cost / 7 for cost, _ in item] for item in items]
     sizes = [[size * unit for _, size in item] for item in items]

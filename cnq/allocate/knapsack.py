@@ -48,7 +48,7 @@ def solve(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[int]], budg
         bounds=scipy.optimize.Bounds(0, 1),
         constraints=[
             scipy.optimize.LinearConstraint(each, 1, 1),
-            scipy.optimize.LinearConstraint(size[None] / unit, least // unit, budget // unit),
+            scipy.optimize.LinearConstraint(size[None] / unit, -(-least // unit), budget // unit),
         ],
         options={"mip_rel_gap": _GAP, "node_limit": _NODES},
     )
