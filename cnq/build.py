@@ -93,9 +93,9 @@ def build(
     model: a catalog name, a path or a hub id. loras: adapters to merge into it, paths or hub ids, in this order.
     types: names of llama.cpp's quantizations. format: of the prompt, for a model whose checkpoint has no chat template;
     default: the catalog's. dtype: of the float GGUF. chunks: of 512 tokens of Chinese and English text for the importance
-    matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure. rounding: "compensated"
-    collects second moments with the importance matrix and rounds by them (quantize), "plain" does not. hessian_memory: bytes
-    for their sums, 0 = what is free. budget: a size to find the best types for, with so much effort; the file comes last.
+    matrix; 0 = round without one. eval_chunks: of held-out text to measure on; 0 = do not measure. rounding: of quantize;
+    but for "plain" second moments are collected with the importance matrix. hessian_memory: bytes for their sums, 0 = what is
+    free. budget: a size to find the best types for, with so much effort; the file comes last.
     frontier: do the same for the sizes of five of llama.cpp's mixtures, and make these too.
     Raises what the steps raise, and NoSpace before the first of them.
     """
@@ -182,7 +182,7 @@ class _Calibrated:
 
 def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, threads: int, progress: Progress) -> _Calibrated:
     """The importance matrix, and beside it second moments, from the calibration half of the default corpus."""
-    hessian = rounding == "compensated"
+    hessian = rounding != "plain"
     if hessian and not is_complete(beside(dst)):
         record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
 
@@ -319,7 +319,7 @@ def _quantized(
         return Done(found.notes, {"compensation": [asdict(outcome) for outcome in found.compensation]})
 
     inputs = named(src, imatrix) if imatrix else named(src)
-    if imatrix and rounding == "compensated":
+    if imatrix and rounding != "plain":
         inputs |= {"second moments": manifest_path(beside(imatrix))}
     seconds, done = step(dst, inputs, {"type": type, "rounding": rounding}, work, progress.skipped)
     outcomes = tuple(Outcome(**outcome) for outcome in done.facts["compensation"])

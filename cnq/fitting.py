@@ -77,7 +77,7 @@ def fit(
         return Done(found.notes, facts)
 
     inputs = named(src, how.imatrix) if how.imatrix else named(src)
-    if how.imatrix and how.rounding == "compensated":
+    if how.imatrix and how.rounding != "plain":
         inputs |= {"second moments": manifest_path(beside(how.imatrix))}
     options = {"budget": asdict(budget), "rounding": how.rounding, "effort": how.effort, "judged": how.judged}
     seconds, done = step(dst, inputs, options, work, progress.skipped)

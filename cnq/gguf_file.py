@@ -8,7 +8,7 @@ Format: https://github.com/ggml-org/ggml/blob/323951f1bdcdfbd5b5ff3a9a7c3770e63b
 
 import mmap
 import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -389,15 +389,21 @@ def retyped(file: GgufFile, fields: dict[str, str | int], types: dict[str, Tenso
     of the file, in the order of the copy. As llama.cpp writes it (ggml/src/gguf.cpp), trailing dimensions of 1 left out.
     """
     kept = [key for key in file.fields if key not in fields and key not in _SPLIT]
-    head = [MAGIC, struct.pack("<IQQ", 3, len(types), len(kept) + len(fields)), *(file.raw(key) for key in kept)]
+    return layout(file, kept, fields, {name: (file.tensors[name].shape, type) for name, type in types.items()})
+
+
+def layout(
+    file: GgufFile, kept: Sequence[str], fields: dict[str, str | int], tensors: dict[str, tuple[tuple[int, ...], TensorType]]
+) -> Layout:
+    """A file with some of another's metadata, behind it these fields (strings and 32-bit numbers), and these tensors."""
+    head = [MAGIC, struct.pack("<IQQ", 3, len(tensors), len(kept) + len(fields)), *(file.raw(key) for key in kept)]
     for key, value in fields.items():
         head.append(_packed(key))
         head.append(
             struct.pack("<II", _UINT32, value) if isinstance(value, int) else struct.pack("<I", _STRING) + _packed(value)
         )
     starts, at = {}, 0
-    for name, type in types.items():
-        shape = file.tensors[name].shape
+    for name, (shape, type) in tensors.items():
         while len(shape) > 1 and shape[0] == 1:
             shape = shape[1:]
         head.append(_packed(name))

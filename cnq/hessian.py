@@ -6,7 +6,6 @@ back, to judge by: of their rows x a sketch is kept, Σ s xᵀ with a column s o
 """
 
 import ctypes
-import hashlib
 import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -21,10 +20,21 @@ from .engine.model import Model
 from .errors import EngineError, NoSpace, StatisticsError
 from .files import decimal
 from .gguf_file import GgufFile
-from .hessian_file import SKETCH, Input, Source, Statistics, add_outer, add_sketch, parts, read_statistics
+from .hessian_file import (
+    HELD_EVERY,
+    Input,
+    Source,
+    Statistics,
+    add_outer,
+    add_sketch,
+    digest_of,
+    is_held,
+    parts,
+    read_statistics,
+    signs,
+)
 from .machine import free_memory
 
-HELD_EVERY = 5  # of five chunks the last is held back; odd, so that two texts in turns both are
 _PROBE = 32  # tokens; llama.cpp builds other graphs for very few
 _ROOM = 1 << 30  # bytes left to the contexts of llama.cpp and the rest
 
@@ -99,7 +109,7 @@ class Sums:
         self._signs: np.ndarray | None = None  # of a chunk that is held back
 
     def begin(self, chunk: int, n_tokens: int) -> None:
-        self._signs = signs(chunk, n_tokens) if chunk % HELD_EVERY == HELD_EVERY - 1 else None
+        self._signs = signs(chunk, n_tokens) if is_held(chunk) else None
 
     def __call__(self, tensor: ggml.Tensor, ask: bool) -> bool:
         if tensor.op not in (self._mul_mat, self._mul_mat_id):
@@ -152,21 +162,15 @@ def summing_threads(threads: int) -> Iterator[Executor]:
         yield pool
 
 
-def signs(chunk: int, n_tokens: int) -> np.ndarray:
-    """(n_tokens, SKETCH) float32: ± 1/√SKETCH, the same whenever the chunk is run."""
-    drawn = np.random.default_rng(chunk).integers(0, 2, (n_tokens, SKETCH), np.int8)
-    return (2 * drawn - 1).astype(np.float32) * np.float32(SKETCH**-0.5)
-
-
 def prepare(
     folder: Path, model: Model, watching: Watching, tokens: np.ndarray, datasets: tuple[str, ...], n_ctx: int
 ) -> Statistics:
     """The statistics in `folder` to be completed: those of an interrupted run of the same model and text, or new ones.
 
-    watching: the model's. Raises NoSpace when the disk does not hold what is missing.
+    watching: the model's. tokens: (chunks, n_ctx) int32, as they are run. Raises NoSpace when the disk does not hold what is
+    missing.
     """
-    text = hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
-    source = Source(model.fingerprint, text, n_ctx, len(tokens), HELD_EVERY, datasets)
+    source = Source(model.fingerprint, digest_of(tokens), n_ctx, len(tokens), HELD_EVERY, datasets)
     found = None
     with suppress(StatisticsError):  # none, or damaged: made anew
         found = read_statistics(folder)
@@ -183,6 +187,7 @@ def prepare(
             "another disk, or round without them: cnq imatrix without --hessian, cnq build --rounding plain."
         )
     found.save()
+    found.save_tokens(tokens)
     return found
 
 

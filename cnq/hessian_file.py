@@ -2,7 +2,8 @@
 
 manifest.json says whose they are and lists the inputs; `<number>.npy` holds what is known of an input, complete or absent: the
 sum over the rows to fit to, of which the blocks on and above the diagonal are kept, and a sketch of the rows held back, which
-are there to judge by. That is a little more than half of one symmetric matrix.
+are there to judge by. That is a little more than half of one symmetric matrix. tokens.npy holds the text, for rounding that
+runs it again.
 """
 
 import hashlib
@@ -21,10 +22,11 @@ from .errors import StatisticsError, listed
 from .files import replacing
 
 FOLDER = ".hessian"
-_MANIFEST = "manifest.json"
+_MANIFEST, _TOKENS = "manifest.json", "tokens.npy"
 _FORMAT = 1
 _BLOCK = 256  # rows of a block
 SKETCH = 512  # rows of a sketch: ‖S x‖² is right within 6 % for a single error, and closer for the sum over a matrix's rows
+HELD_EVERY = 5  # of five chunks the last is held back; odd, so that two texts in turns both are
 MIN_FIT, MIN_HELD = 256, 64  # rows; an expert may see few tokens, and what it saw few of is no measure of it
 
 
@@ -88,6 +90,17 @@ def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:
     return full
 
 
+def is_held(chunk: int) -> bool:
+    """Whether a chunk is held back, to judge by."""
+    return chunk % HELD_EVERY == HELD_EVERY - 1
+
+
+def signs(chunk: int, n_tokens: int) -> np.ndarray:
+    """(n_tokens, SKETCH) float32: ± 1/√SKETCH, the same whenever the chunk is run."""
+    drawn = np.random.default_rng(chunk).integers(0, 2, (n_tokens, SKETCH), np.int8)
+    return (2 * drawn - 1).astype(np.float32) * np.float32(SKETCH**-0.5)
+
+
 def parts(numbers: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Views of what a file holds: the packed sum, and the sketch (SKETCH, columns)."""
     size = packed_size(columns)
@@ -127,8 +140,8 @@ class Input:
 
 @dataclass(frozen=True)
 class Source:
-    """What statistics are of. model: fingerprint of the GGUF. text: digest of the tokens. held_every: of so many chunks the
-    last is held back. datasets: names of the texts."""
+    """What statistics are of. model: fingerprint of the GGUF. text: digest of the tokens, as they were run. held_every: of so
+    many chunks the last is held back. datasets: names of the texts."""
 
     model: str
     text: str
@@ -189,6 +202,23 @@ class Statistics:
         with replacing(manifest_path(self.folder), force=True) as partial:
             partial.write_text(_written(self.source, self.inputs), encoding="utf-8")
 
+    def save_tokens(self, tokens: np.ndarray) -> None:
+        """tokens: (n_chunks, n_ctx) int32, as they were run."""
+        with replacing(self.folder / _TOKENS, force=True) as partial, partial.open("wb") as f:
+            np.save(f, tokens, allow_pickle=False)
+
+    def tokens(self) -> np.ndarray:
+        """What save_tokens wrote. Raises StatisticsError: not there, or not the text that the sums are of."""
+        path = self.folder / _TOKENS
+        try:
+            tokens = np.load(path, allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise StatisticsError(f"{path} cannot be read: {error}. Run cnq imatrix --hessian again.") from None
+        shape = (self.source.n_chunks, self.source.n_ctx)
+        if (tokens.dtype, tokens.shape, digest_of(tokens)) != (np.int32, shape, self.source.text):
+            raise StatisticsError(f"{path} is not the text of these statistics. Run cnq imatrix --hessian again.")
+        return np.asarray(tokens)
+
     def read(self, number: int) -> Moments:
         """The moments of an input. Raises StatisticsError: not there, cut short, or changed since they were written."""
         known, path = self.inputs[number], self.path(number)
@@ -228,13 +258,18 @@ def read_statistics(folder: Path) -> Statistics:
     return Statistics(folder, source, inputs)
 
 
+def digest_of(tokens: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
+
+
 def is_complete(folder: Path) -> bool:
-    """Whether all the inputs of a model are in a folder."""
+    """Whether all the inputs of a model are in a folder, and the text."""
     try:
         found = read_statistics(folder)
     except StatisticsError:
         return False
-    return not found.missing and all(found.path(n).is_file() for n in range(len(found.inputs)))
+    files = [folder / _TOKENS, *(found.path(n) for n in range(len(found.inputs)))]
+    return not found.missing and all(path.is_file() for path in files)
 
 
 def complete_statistics(folder: Path, model: str) -> Statistics:

@@ -189,7 +189,8 @@ def collect(
             statistics, parts = None, []
             if hessian:
                 memory = hessian_memory or moments.default_memory(gguf)
-                statistics = moments.prepare(beside(dst), model, watching, chunks.tokens, datasets, n_ctx)
+                ran = np.array([with_bos(model, tokens) for tokens in chunks.tokens], np.int32)
+                statistics = moments.prepare(beside(dst), model, watching, ran, datasets, n_ctx)
                 parts = moments.slices(statistics, memory)
             with moments.summing_threads(model.n_threads) as pool:
                 _run(model, watching, chunks, collector, state, done, save_every, statistics, parts, pool, progress)

@@ -1,9 +1,10 @@
 """Float GGUF → quantized GGUF, by llama.cpp's own quantizer, with its decisions and the exact size known beforehand."""
 
 import re
+import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +26,7 @@ _ENDS = ("token_embd.weight", "output.weight")
 _ABORT_WITHOUT = frozenset({"IQ1_S", "IQ2_XXS", "IQ2_XS"})
 _QUANTIZATION_VERSION = 2  # ggml.h, GGML_QNT_VERSION
 _MAX_KV = 127  # bytes of a string in llama_model_kv_override
+ROUNDINGS = ("plain", "compensated", "sequential")
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Quantized:
-    """rounding: compensated or plain. compensation: what came of it, matrix by matrix; empty when plain."""
+    """rounding: of ROUNDINGS. compensation: what came of it, matrix by matrix; empty when plain."""
 
     path: Path
     type: str
@@ -80,7 +82,7 @@ def plan(
 ) -> Plan:
     """What `quantize` would do with the same arguments. Raises what it would raise before it starts."""
     statistics = statistics_for(src, imatrix, rounding)
-    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics)
+    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics, rounding)
     with Quantizer(src) as child:
         return _prepare(child, *arguments)[0]
 
@@ -92,7 +94,7 @@ def plans(src: Path, types: Sequence[str], *, imatrix: Path | None = None, round
     with Quantizer(src) as child:
         for type in types:
             with suppress(ImatrixRequired):
-                found.append(_prepare(child, type, imatrix, (), None, None, False, False, statistics)[0])
+                found.append(_prepare(child, type, imatrix, (), None, None, False, False, statistics, rounding)[0])
     return found
 
 
@@ -118,21 +120,24 @@ def quantize(
     tensor_types: (regular expression searched in the tensor's name, type), the first match counts; the other tensors keep
     the type they would have had without. pure: one type throughout, no mixture.
     rounding: "compensated" chooses the codes again so that they make up for each other's errors (engine/compensate.py), by
-    the second moments beside the imatrix (hessian_file.beside); types and sizes stay. None: compensated where they are.
+    the second moments beside the imatrix (hessian_file.beside); types and sizes stay. "sequential" runs the text that they
+    are of once more, layer by layer, and has each layer make up for those before it, too (engine/sequential.py). None:
+    compensated where there are second moments.
     progress: hears each tensor's name as it begins, its number, and how many there are.
     Raises GgufError, ImatrixRequired, QuantizeError, StatisticsError, OutputExists, NoSpace.
     """
     started = time.perf_counter()
     statistics = statistics_for(src, imatrix, rounding)
-    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics)
+    arguments = (type, imatrix, tensor_types, output_type, embedding_type, pure, allow_requantize, statistics, rounding)
     with Quantizer(src) as child:
         planned, fields = _prepare(child, *arguments)
         types = {t.name: TYPE_BY_NAME[t.type] for t in planned.tensors}
         folder = statistics.folder if statistics else None
-        with replacing(dst, force=force, need=planned.nbytes) as partial:
+        with replacing(dst, force=force, need=planned.nbytes) as partial, _scratch(child, dst.parent, rounding) as scratch:
             outcomes = child.round(
-                partial, types, fields, imatrix=imatrix, statistics=folder, threads=threads, progress=progress
-            )
+                partial, types, fields, imatrix=imatrix, statistics=folder, sequential=scratch, threads=threads,
+                progress=progress,
+            )  # fmt: skip
     return Quantized(
         path=dst,
         type=planned.type,
@@ -142,15 +147,28 @@ def quantize(
         bits_per_weight=planned.bits_per_weight,
         notes=(*planned.notes, *_told(outcomes)),
         seconds=time.perf_counter() - started,
-        rounding="compensated" if statistics else "plain",
+        rounding=rounding or ("compensated" if statistics else "plain"),
         compensation=tuple(outcomes),
     )
 
 
+@contextmanager
+def _scratch(child: Quantizer, folder: Path, rounding: str | None) -> Iterator[Path | None]:
+    """A folder for the files in between that sequential rounding has; the child is ended before it goes."""
+    if rounding != "sequential":
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix=".cnq-", dir=folder) as scratch:
+        try:
+            yield Path(scratch)
+        finally:
+            child.end()
+
+
 def statistics_for(src: Path, imatrix: Path | None, rounding: str | None) -> Statistics | None:
     """Those that `quantize` rounds by with these arguments; None = plainly. Raises StatisticsError."""
-    if rounding not in (None, "compensated", "plain"):
-        raise QuantizeError(f"unknown rounding {rounding}; there is compensated and plain.")
+    if rounding not in (None, *ROUNDINGS):
+        raise QuantizeError(f"unknown rounding {rounding}; there is {', '.join(ROUNDINGS)}.")
     if rounding == "plain":
         return None
     if imatrix is None or not beside(imatrix).exists():
@@ -158,16 +176,33 @@ def statistics_for(src: Path, imatrix: Path | None, rounding: str | None) -> Sta
             return None
         where = f"{beside(imatrix)} does not exist" if imatrix else "no --imatrix was given"
         raise StatisticsError(
-            f"compensated rounding takes second moments beside the importance matrix, but {where}. "
+            f"{rounding} rounding takes second moments beside the importance matrix, but {where}. "
             f"Collect them: cnq imatrix {src} --hessian"
         )
-    return complete_statistics(beside(imatrix), fingerprint(GgufFile(src)).hex())
+    statistics = complete_statistics(beside(imatrix), fingerprint(GgufFile(src)).hex())
+    if rounding == "sequential":
+        _require_layers(GgufFile(src))
+        statistics.tokens()
+    return statistics
 
 
-def _rounding_fields(statistics: Statistics) -> dict[str, str | int]:
+def _require_layers(file: GgufFile) -> None:
+    """Refuse models whose layers llama.cpp would not run one by one as it runs them together."""
+    n = file.fields.get(f"{file.arch}.block_count")
+    several = [k for k, v in file.fields.items() if k.startswith(f"{file.arch}.") and isinstance(v, list) and len(v) == n]
+    why = f"it says {listed(several)} for each layer by itself" if several else None
+    if file.arch == "baichuan":
+        why = "llama.cpp tells one Baichuan from the other by the number of its layers"
+    if why:
+        raise QuantizeError(
+            f"{file.path}: its layers cannot be run one by one, as {why}. Round without that: --rounding compensated"
+        )
+
+
+def _rounding_fields(statistics: Statistics, method: str) -> dict[str, str | int]:
     """The keys that tell of the rounding in the file; readers that do not know them pass them over."""
     return {
-        "cnq.rounding.method": "compensated",
+        "cnq.rounding.method": method,
         "cnq.rounding.damping": f"{DAMPING:g}",
         "cnq.rounding.statistics": statistics.digest,
     }
@@ -197,6 +232,7 @@ def _prepare(
     pure: bool,
     allow_requantize: bool,
     statistics: Statistics | None,
+    rounding: str | None,
 ) -> tuple[Plan, dict[str, str | int]]:
     """The plan, and the metadata that the file gets besides its source's."""
     src = child.src
@@ -229,7 +265,7 @@ def _prepare(
     if imatrix and importance:
         fields |= _imatrix_fields(imatrix, importance)
     if statistics:
-        fields |= _rounding_fields(statistics)
+        fields |= _rounding_fields(statistics, rounding or "compensated")
     return _plan(type, file, choices, fields, importance), fields
 
 

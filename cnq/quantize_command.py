@@ -28,8 +28,9 @@ from .options import FILE, FORCE, JSON, THREADS, Command
 @click.option("--embedding-type", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="One type throughout instead of llama.cpp's mixture.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
-@click.option("--rounding", type=click.Choice(["compensated", "plain"]), help="compensated: errors make up for each other, by "
-              "what imatrix --hessian left beside the imatrix.  [default: compensated where that is, else plain]")  # fmt: skip
+@click.option("--rounding", type=click.Choice(["sequential", "compensated", "plain"]),
+              help="compensated: errors make up for each other, by what imatrix --hessian left beside the imatrix; sequential: "
+              "for those of earlier layers too.  [default: compensated where that is, else plain]")  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,
               help="With --size: how much is measured; kept for the next size.")  # fmt: skip
 @click.option("--types", metavar="TYPE,...", help="With --size: the types to choose from.")

@@ -4,30 +4,35 @@ Calibration mixes two languages. What rounding is fitted to one language carries
 Chinese alone, compensated rounding hardly gained on English.
 """
 
+import ast
 import hashlib
 import random
 import re
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, distribution
 from importlib.resources import files
+from pathlib import Path
 
 from .corpus import Source, Split, peoples_daily, split_of
 from .errors import CorpusError
 
 _LICENSED = ("matplotlib", "numpy", "pillow")  # the packages with the longest licence texts among those cnq needs
 _LICENCE = re.compile(r"licen[sc]e|copying|notice", re.IGNORECASE)
+_RIGHTS = re.compile(r"licen[sc]e|copyright|warrant", re.IGNORECASE)
 _NAME = re.compile(r"[\w.-]+")
 _MOST = 12_000  # characters of a package's description: what comes after is a list of changes as a rule
 _LEAST = 200  # characters of a paragraph of a licence, and of a review two fifths of that: shorter ones are names and remarks
 
 
 def calibration_texts() -> list[Source]:
-    """Half Chinese newspaper, half English: a language reference, and what packages say of themselves.
+    """Half Chinese newspaper, half English: a language reference, what packages say of themselves, and what modules do.
 
     Their documents are shuffled: of a long text the beginning is used, and the first days of a newspaper are all alike.
     """
-    return [_shuffled(s) for s in (peoples_daily("calibration", 2.0), python_reference("calibration"), descriptions())]
+    english = (python_reference("calibration"), descriptions(), docstrings())
+    return [_shuffled(s) for s in (peoples_daily("calibration", float(len(english))), *english)]
 
 
 def _shuffled(source: Source) -> Source:
@@ -58,6 +63,22 @@ def descriptions(weight: float = 1.0) -> Source:
     if not found:
         raise CorpusError("no package that cnq needs has a description. Name text files.")
     return Source("descriptions of packages", _digest(list(found.values())), tuple(found.values()), weight)
+
+
+def docstrings(weight: float = 1.0) -> Source:
+    """What the modules of Python's standard library say of themselves, their classes and functions: English.
+
+    Without the few that tell of rights, as licences are what is measured on. Raises CorpusError where there are no sources.
+    """
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found: dict[str, None] = {}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        nodes = ast.walk(ast.parse(path.read_bytes()))
+        texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, documented)]
+        found |= dict.fromkeys(t for t in texts if len(t) >= _LEAST and not _RIGHTS.search(t))
+    if not found:
+        raise CorpusError("this Python has no sources of its standard library. Name text files.")
+    return Source("docstrings of the standard library", _digest(list(found)), tuple(found), weight)
 
 
 def _needed() -> Iterator[tuple[str, str]]:

@@ -141,7 +141,8 @@ def _made(
         sizes = {p.type: p.nbytes for p in plans(src, STOCK, imatrix=imatrix, rounding=found.rounding)}
         fitting = [t for t in sizes if sizes[t] <= found.budget]
         near = [found.type, *([max(fitting, key=lambda t: sizes[t])] if fitting else [])]
-        roundings = dict.fromkeys(["plain", found.rounding])
+        # Sequential rounding is for the one file that is meant to stay: it runs the text again for each.
+        roundings = dict.fromkeys(["plain", "compensated" if found.rounding == "sequential" else found.rounding])
         wanted += [(type, rounding) for type in dict.fromkeys(near) for rounding in roundings]
     files = []
     for i, (name, rounding) in enumerate(wanted):

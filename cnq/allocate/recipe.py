@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import QuantizeError, listed
 from ..files import replacing, sha256
 from ..gguf_file import TYPE_BY_NAME, GgufFile
-from ..quantize import anchored
+from ..quantize import ROUNDINGS, anchored
 from .groups import place
 
 ENDING, TYPES_ENDING = ".recipe.toml", ".tensor-types.txt"
@@ -92,8 +92,8 @@ def _require(path: Path, content: dict[str, Any]) -> None:
     for key, kind in (_KEYS | _OPTIONAL).items():
         if key in content and type(content[key]) is not kind:
             raise QuantizeError(f"{path}: {key} = {content[key]!r}, expected {kind.__name__}.")
-    if content["rounding"] not in ("plain", "compensated"):
-        raise QuantizeError(f"{path}: rounding = {content['rounding']!r}, expected plain or compensated.")
+    if content["rounding"] not in ROUNDINGS:
+        raise QuantizeError(f"{path}: rounding = {content['rounding']!r}, expected one of {', '.join(ROUNDINGS)}.")
     if not content["tensors"]:
         raise QuantizeError(f"{path} names no tensors.")
     for name, kind in content["tensors"].items():

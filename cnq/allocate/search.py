@@ -86,9 +86,10 @@ def allocate(
 ) -> Allocation:
     """Find the types that lose least within a budget.
 
-    text: to measure on, unlike what the imatrix was collected on. rounding: as quantize's. types: names of the candidates;
-    none = the usual ones. tensor_types: (regular expression, type) of tensors that have no choice, as quantize's. effort: a
-    name of EFFORTS. repacked: the types that llama.cpp repacks here, which are then preferred.
+    text: to measure on, unlike what the imatrix was collected on. rounding: as quantize's; where it is sequential, types are
+    chosen by the losses of compensated rounding. types: names of the candidates; none = the usual ones. tensor_types: (regular
+    expression, type) of tensors that have no choice, as quantize's. effort: a name of EFFORTS. repacked: the types that
+    llama.cpp repacks here, which are then preferred.
     Raises what quantize raises, QuantizeError for a budget out of reach, CorpusError.
     """
     started = time.perf_counter()
@@ -127,7 +128,7 @@ def allocate(
         gap=found.gap,
         ends=_share_of_ends(chosen, loss, room),
         ends_stock=_share_of_ends(of_stock, stock_loss, room) if len(stock_loss) == len(chosen) else None,
-        rounding="compensated" if statistics else "plain",
+        rounding=rounding or ("compensated" if statistics else "plain"),
         seconds=known.seconds | {"solving": time.perf_counter() - solving, "in all": time.perf_counter() - started},
     )
 

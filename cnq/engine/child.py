@@ -69,6 +69,10 @@ class Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End the child, and wait for its end; once more changes nothing."""
         self._process.kill()
         self._reader.join()
         _end(self._process)

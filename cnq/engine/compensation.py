@@ -12,6 +12,8 @@ from .codes import can_change
 from .compensate import Compensated, Hessian, compensate
 from .quantizer import Outcome
 
+Result = tuple[Outcome, int, np.ndarray]  # what came of a matrix, the byte of its tensor where it starts, its rounded rows
+
 
 class Compensation:
     """The compensated part of a quantization. names: of the tensors it writes; in one that is a stack of matrices, of all."""
@@ -20,51 +22,62 @@ class Compensation:
         self, file: GgufFile, types: dict[str, TensorType], importance: dict[str, np.ndarray], statistics: Statistics
     ) -> None:
         """importance: name -> flat float32 E[x²] of its matrices."""
-        self._file, self._types, self._importance, self._statistics = file, types, importance, statistics
+        self.file, self.types, self._importance, self.statistics = file, types, importance, statistics
         known = {name for one in statistics.inputs for name in one.weights} & types.keys()
         rounded = {name for name in known if types[name] not in (F32, F16, BF16, file.tensors[name].type)}
         self._fixed = sorted(name for name in rounded if not can_change(types[name]))
         self.names = rounded - set(self._fixed)
+        self._begun: set[str] = set()
 
-    def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[tuple[Outcome, int, np.ndarray]]:
-        """Yield what came of each matrix, the byte of its tensor where it starts, and its rounded rows.
+    def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
+        """Round all of them. begin: hears a tensor's name.
 
-        begin: hears a tensor's name. Memory at a time: a matrix as float32 and its candidates, H of its input with a sketch of
-        the rows held back, and its factors. Raises QuantizeError, StatisticsError.
+        Memory at a time: a matrix as float32 and its candidates, H of its input with a sketch of the rows held back, and its
+        factors. Raises QuantizeError, StatisticsError.
         """
+        yield from self.not_tried()
+        for number in range(len(self.statistics.inputs)):
+            yield from self.rounded(number, threads, begin)
+
+    def not_tried(self) -> Iterator[Result]:
+        """The matrices that keep ggml's codes because of their type."""
         for name in self._fixed:
-            yield self._not_tried(name, None, "codes of this type stand for groups"), 0, np.empty(0, np.uint8)
-        begun: set[str] = set()
-        for number, one in enumerate(self._statistics.inputs):
-            hessian = None
-            for name in one.weights:
-                if name not in self.names:
-                    continue
-                if name not in begun:
-                    begun.add(name)
-                    begin(name)
-                weights, importance, start = self._matrix(name, one.expert or 0)
-                type = self._types[name]
-                if not one.enough:
-                    reason = f"{one.n_fit} tokens, and {one.n_held} to judge by, are too few"
-                    yield self._not_tried(name, one.expert, reason), start, _plain(name, weights, type, importance)
-                    continue
-                if hessian is None:
-                    sums = self._statistics.read(number)
-                    hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
-                found = _compensated(name, weights, type, importance, hessian, threads)
-                outcome = Outcome(
-                    name, one.expert, type.name, None, found.loss_plain, found.loss, found.kept, found.damping,
-                    found.by_diagonal,
-                )  # fmt: skip
-                yield outcome, start, found.rows
+            yield self.outcome(name, None, "codes of this type stand for groups"), 0, np.empty(0, np.uint8)
 
-    def _not_tried(self, name: str, expert: int | None, reason: str) -> Outcome:
-        return Outcome(name, expert, self._types[name].name, reason)
+    def rounded(self, number: int, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
+        """Round the matrices of one input, by what the float model multiplies them with."""
+        one, hessian = self.statistics.inputs[number], None
+        for name in one.weights:
+            if name not in self.names:
+                continue
+            self.began(name, begin)
+            weights, importance, start = self.matrix(name, one.expert or 0)
+            type = self.types[name]
+            if not one.enough:
+                reason = f"{one.n_fit} tokens, and {one.n_held} to judge by, are too few"
+                yield self.outcome(name, one.expert, reason), start, plain(name, weights, type, importance)
+                continue
+            if hessian is None:
+                sums = self.statistics.read(number)
+                hessian = Hessian(sums.fit, sums.held, sums.n_fit, sums.n_held)
+            found = compensated(name, weights, type, importance, hessian, threads)
+            outcome = Outcome(
+                name, one.expert, type.name, None, found.loss_plain, found.loss, found.kept, found.damping, found.by_diagonal
+            )
+            yield outcome, start, found.rows
 
-    def _matrix(self, name: str, expert: int) -> tuple[np.ndarray, np.ndarray | None, int]:
+    def began(self, name: str, begin: Callable[[str], object]) -> None:
+        """Tell of a tensor, once."""
+        if name not in self._begun:
+            self._begun.add(name)
+            begin(name)
+
+    def outcome(self, name: str, expert: int | None, reason: str) -> Outcome:
+        return Outcome(name, expert, self.types[name].name, reason)
+
+    def matrix(self, name: str, expert: int) -> tuple[np.ndarray, np.ndarray | None, int]:
         """A matrix (n, d) float32, its importance (d,), and the byte of the rounded tensor where it starts."""
-        tensor, type = self._file.tensor(name), self._types[name]
+        tensor, type = self.file.tensor(name), self.types[name]
         n, d = tensor.shape[-2:]
         stored = tensor.rows()[expert * n : (expert + 1) * n]
         if not rows.is_sound(stored, tensor.type):
@@ -74,7 +87,7 @@ class Compensation:
         return weights, own, expert * n * type.row_bytes(d)
 
 
-def _compensated(
+def compensated(
     name: str, weights: np.ndarray, type: TensorType, importance: np.ndarray | None, hessian: Hessian, threads: int
 ) -> Compensated:
     try:
@@ -83,7 +96,7 @@ def _compensated(
         raise QuantizeError(f"{name}: {error}") from error
 
 
-def _plain(name: str, weights: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
+def plain(name: str, weights: np.ndarray, type: TensorType, importance: np.ndarray | None) -> np.ndarray:
     data = rows.encode(weights, type, importance, np.empty(len(weights) * type.row_bytes(weights.shape[1]), np.uint8))
     if not rows.is_sound(data, type):
         raise QuantizeError(f"{name} is too large for {type.name}. Choose another type for it.")

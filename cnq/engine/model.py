@@ -266,6 +266,13 @@ class Model:
             self._decode(part, start, len(part))
         self._forget(0)
 
+    def feed_states(self, states: np.ndarray) -> None:
+        """The same from hidden states (at most n_batch, hidden size) float32 in the place of the tokens' embeddings."""
+        self._forget(0)
+        states = np.ascontiguousarray(states, np.float32)
+        self._run(self._batch.of_states(states), range(len(states)), 0)
+        self._forget(0)
+
     def embedding(self, tokens: Sequence[int]) -> np.ndarray:
         """(hidden size,) float32 of length 1: the mean of the last layer's states over the tokens; of an `embedder` only.
 
@@ -390,8 +397,11 @@ class Model:
 
     def _decode(self, tokens: Sequence[int], position: int, n_logits: int) -> None:
         """Run tokens at a position; the last `n_logits` of them get logits."""
+        self._run(self._batch.filled(tokens, position, n_logits), tokens, position)
+
+    def _run(self, batch: object, tokens: Sequence[int], position: int) -> None:
         with self._interrupt_kept():
-            status = lib.llama_decode(self._ctx, self._batch.filled(tokens, position, n_logits))
+            status = lib.llama_decode(self._ctx, batch)
         if error := self._watch_error:
             self._watch_error = None
             raise error
@@ -446,6 +456,7 @@ class _Batch:
         own = ctypes.pointer(lib.llama_seq_id(0))
         n_seq_id, seq_id = (ctypes.c_int32 * room)(*[1] * room), (type(own) * room)(*[own] * room)
         self._batch = lib.llama_batch(0, self._token, None, self._pos, n_seq_id, seq_id, self._logits)
+        self._states = lib.llama_batch(0, None, None, self._pos, n_seq_id, seq_id, self._logits)
 
     def filled(self, tokens: Sequence[int], position: int, n_logits: int) -> object:
         n = self._batch.n_tokens = len(tokens)
@@ -453,6 +464,13 @@ class _Batch:
         self._pos[:n] = range(position, position + n)
         self._logits[:n] = bytes(n - n_logits) + b"\1" * n_logits
         return self._batch
+
+    def of_states(self, states: np.ndarray) -> object:
+        """states: (n, hidden size) float32, contiguous; they must outlive the pass. All are asked for."""
+        n = self._states.n_tokens = len(states)
+        self._pos[:n], self._logits[:n] = range(n), b"\1" * n
+        self._states.embd = states.ctypes.data_as(type(self._states.embd))
+        return self._states
 
 
 def _tune(context: Any, tuned: Tuned, n_batch: int, n_threads: int) -> None:

@@ -92,6 +92,7 @@ class Quantizer(Child):
         *,
         imatrix: Path | None = None,
         statistics: Path | None = None,
+        sequential: Path | None = None,
         threads: int = 0,
         progress: Callable[[str, int, int], object] = lambda name, number, total: None,
     ) -> list[Outcome]:
@@ -99,13 +100,14 @@ class Quantizer(Child):
 
         fields: metadata that comes behind the file's own. imatrix: weighs the rounding errors of the tensors it knows.
         statistics: folder of second moments (cnq.hessian_file) to round with compensation by; what came of it is returned.
+        sequential: do it layer by layer, with this folder for files in between, which the caller removes.
         progress: hears each tensor's name as it begins, its number, and how many there are.
         Raises QuantizeError: numbers that are not finite, or the signal that killed the child; OSError: dst cannot be written.
         """
         arguments = {
             "dst": str(dst), "types": [(name, type.name) for name, type in types.items()], "fields": fields,
             "imatrix": str(imatrix) if imatrix else None, "statistics": str(statistics) if statistics else None,
-            "threads": threads,
+            "sequential": str(sequential) if sequential else None, "threads": threads,
         }  # fmt: skip
         outcomes = self.ask("round", {"src": str(self.src)} | arguments, lambda event: progress(*event))
         self.kill()  # it gives its memory back while the caller goes on

@@ -5,13 +5,13 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec, module_from_spec
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from ..imatrix_file import read_imatrix
 from ..machine import logical_cores
 from . import rows
 from .child import Tell, serve
+
+if TYPE_CHECKING:
+    from .compensation import Result
 
 _CHUNK = 1 << 18  # elements of a task: 1 MB of float32, which stays in a core's cache
 
@@ -159,13 +162,14 @@ def _round(
     fields: dict[str, str | int],
     imatrix: str | None,
     statistics: str | None,
+    sequential: str | None,
     threads: int,
 ) -> list[dict[str, Any]]:
     """Write the copy of `src` with other types; tells of each tensor as it begins: name, number, of how many.
 
     The result is llama_model_quantize's, byte for byte; but its threads meet after each tensor, while it is written.
     statistics: folder of second moments; tensors that have some are rounded with compensation, after the others, and what
-    came of it is returned (quantizer.Outcome).
+    came of it is returned (quantizer.Outcome). sequential: do that layer by layer, with this folder for files in between.
     """
     file = GgufFile(Path(src))
     wanted = {name: TYPE_BY_NAME[type] for name, type in types}
@@ -186,6 +190,12 @@ def _round(
         nonlocal begun
         begun += 1
         tell([name, begun, len(wanted)])
+
+    def written(name: str) -> np.ndarray:
+        """The bytes of a tensor that is in the file already."""
+        out.flush()
+        size = prod(file.tensors[name].shape[:-1]) * wanted[name].row_bytes(file.tensors[name].shape[-1])
+        return np.fromfile(dst, np.uint8, size, offset=layout.starts[name])
 
     def work() -> None:
         try:
@@ -220,7 +230,12 @@ def _round(
         for future in [pool.submit(work) for _ in range(threads)]:
             future.result()
         outcomes = []
-        for outcome, start, data in later.run(threads, begin) if later else ():
+        results: Iterable[Result] = later.run(threads, begin) if later else ()
+        if later and sequential:
+            from .sequential import LayerByLayer  # llama.cpp's log is told to another from here on
+
+            results = LayerByLayer(later, written, Path(sequential)).run(threads, begin)
+        for outcome, start, data in results:
             outcomes.append(asdict(outcome))
             out.seek(layout.starts[outcome.name] + start)
             out.write(data.data)

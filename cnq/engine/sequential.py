@@ -1,0 +1,260 @@
+"""Rounding with compensation layer by layer: each layer makes up for the errors of the layers before it, as far as it can see.
+
+Most of the error at a layer's output comes with its input. With x the input in the float model and x̂ in the model that is
+rounded up to here, W′ x̂ is as near to W x as can be for
+
+    W′ = W + W · E[(x − x̂) x̂ᵀ] · E[x̂ x̂ᵀ]⁻¹
+
+(GPTAQ, arXiv 2504.02692; QEP, arXiv 2504.09629), and W′ is rounded, by E[x̂ x̂ᵀ]. What a matrix writes is added to the hidden
+states in the end; where these are off already, by r, that is made up for too: + E[r x̂ᵀ] · E[x̂ x̂ᵀ]⁻¹.
+
+The text runs through both models side by side, a layer at a time (layer.py): through a layer of the float model once, of the
+other as far as the input of each of its matrices, and once to its end.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import QuantizeError
+from ..files import require_space
+from ..gguf_file import TensorType
+from ..hessian_file import SKETCH, is_held, signs
+from . import rows
+from .compensate import Hessian
+from .compensation import Compensation, Result, compensated, plain
+from .layer import Layer
+from .quantizer import DAMPING, Outcome
+
+_EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
+_STATES, _BETWEEN = "l_out-0", "ffn_inp-0"  # llama.cpp's names for the hidden states behind a layer, and behind its attention
+_ADDED_TO = {
+    "attn_output.weight": None,
+    "ffn_down.weight": _BETWEEN,
+}  # the states that a product is added to; None: the layer's
+_PANEL = 256  # columns of a sum that a thread works on at once
+_ALIKE = 1e-2  # share by which an input's mean squares may differ between the float model and its layers alone
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Over the text: of the inputs x̂ of a matrix in the rounded model, beside x in the float model.
+
+    fit: Σ x̂ x̂ᵀ; cross: Σ (x − x̂) x̂ᵀ; added: Σ r x̂ᵀ, or None. exact, rough, off: the same x, x̂ and r of the chunks that are
+    held back, as sketches (SKETCH, columns).
+    """
+
+    hessian: Hessian
+    cross: np.ndarray
+    exact: np.ndarray
+    added: np.ndarray | None
+    off: np.ndarray | None
+
+
+class LayerByLayer:
+    """The compensated part of a quantization, in the order of the model."""
+
+    def __init__(self, rest: Compensation, written: Callable[[str], np.ndarray], folder: Path):
+        """rest: the same without regard to earlier layers, which rounds what has none before it, and experts. written: the
+        bytes of a tensor in the rounded file, once they are there. folder: for files in between.
+
+        Raises StatisticsError when the statistics' text is not there.
+        """
+        self._rest, self._written, self._folder = rest, written, folder
+        self._file, self._types, self._inputs = rest.file, rest.types, rest.statistics.inputs
+        self._tokens = rest.statistics.tokens()
+
+    def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
+        """Round all the matrices; each must be in the file before the next is asked for.
+
+        Memory, beside what compensation takes: the hidden states of the text in both models, three sums of an input, and a
+        layer. Raises QuantizeError, StatisticsError, EngineError, NoSpace, OSError.
+        """
+        n_layers = int(self._file.fields[f"{self._file.arch}.block_count"])
+        layers = [self._numbers(layer, n_layers) for layer in range(n_layers)]
+        own = set().union(*layers)
+        require_space(self._folder, max(map(self._nbytes, range(n_layers), layers)))
+        yield from self._rest.not_tried()
+        for number in range(len(self._inputs)):
+            if number not in own:
+                yield from self._rest.rounded(number, threads, begin)
+        stored = self._file.tensor(_EMBEDDING)
+        self._exact = self._embedded(stored.rows().view(np.uint8), stored.type)
+        self._rough = self._embedded(self._rounded(_EMBEDDING), self._types[_EMBEDDING])
+        with ThreadPoolExecutor(threads) as pool:
+            for layer, numbers in enumerate(layers):
+                yield from self._layer(layer, numbers, pool, threads, begin)
+
+    def _numbers(self, layer: int, n_layers: int) -> list[int]:
+        """Of the inputs that a layer has, in the order of the graph; the output goes with the last."""
+        ends = {_OUTPUT} if layer + 1 == n_layers else set()
+        firsts = [one.weights[0] for one in self._inputs]
+        return [n for n, name in enumerate(firsts) if name.startswith(f"blk.{layer}.") or name in ends]
+
+    def _nbytes(self, layer: int, numbers: list[int]) -> int:
+        """Of the files in between of a layer."""
+        columns = sum(self._inputs[n].columns for n in numbers) + self._file.tensors[_EMBEDDING].shape[1]
+        return 4 * self._tokens.size * columns + sum(
+            t.nbytes for name, t in self._file.tensors.items() if name.startswith(f"blk.{layer}.")
+        )
+
+    def _embedded(self, table: np.ndarray, type: TensorType) -> np.ndarray:
+        """Hidden states of the text where it comes in: (chunks, n_ctx, hidden size) float32."""
+        used, places = np.unique(self._tokens, return_inverse=True)
+        values = np.empty(len(used) * self._file.tensors[_EMBEDDING].shape[1], np.float32)
+        return rows.decode(np.ascontiguousarray(table[used]), type, values)[places.reshape(self._tokens.shape)]
+
+    def _rounded(self, name: str) -> np.ndarray:
+        """A tensor's rows in the rounded file: (rows, bytes)."""
+        return self._written(name).reshape(-1, self._types[name].row_bytes(self._file.tensors[name].shape[-1]))
+
+    def _layer(
+        self, layer: int, numbers: list[int], pool: Executor, threads: int, begin: Callable[[str], object]
+    ) -> Iterator[Result]:
+        seen = self._run_exact(layer, numbers, threads)
+        later = {name for n in numbers for name in self._inputs[n].weights} & self._rest.names
+        with self._alone(layer, self._types, lambda name: None if name in later else self._rounded(name), threads) as rough:
+            rough.locate(sorted(later - {_OUTPUT}))
+            for weights, own in groupby(numbers, lambda n: self._inputs[n].weights):
+                for n in own:  # several are those of experts
+                    if self._inputs[n].expert is None and self._inputs[n].enough:
+                        yield from self._fitted(n, seen, rough, pool, threads, begin)
+                    else:
+                        yield from self._rest.rounded(n, threads, begin)
+                for name in later.intersection(weights) - {_OUTPUT}:
+                    rough.write(name, self._written(name))
+            for k, states in enumerate(self._rough):
+                self._rough[k] = rough.through(states, [], [_STATES])[_STATES]
+
+    def _alone(self, layer: int, types: dict[str, TensorType], data: Callable[[str], np.ndarray | None], threads: int) -> Layer:
+        n_ctx = self._tokens.shape[1]
+        return Layer(self._file, layer, types, data, self._folder / "layer.gguf", n_ctx=n_ctx, threads=threads)
+
+    def _run_exact(self, layer: int, numbers: list[int], threads: int) -> dict[str, np.ndarray]:
+        """The text through a layer of the float model: of each input, by its first weight, (chunks, n_ctx, columns) float32,
+        and the states that products are added to."""
+        columns = {one.weights[0]: one.columns for n in numbers if (one := self._inputs[n]).expert is None}
+        seen: dict[str, np.ndarray] = {
+            name: np.memmap(self._folder / name, np.float32, "w+", shape=(*self._tokens.shape, wide))
+            for name, wide in columns.items()
+        }
+        seen |= {"": self._exact.copy(), _BETWEEN: np.empty_like(self._exact)}
+        types = {name: t.type for name, t in self._file.tensors.items()}
+        with self._alone(layer, types, lambda name: self._file.tensor(name).data, threads) as exact:
+            for k, states in enumerate(self._exact):
+                found = exact.through(states, list(columns), [_BETWEEN, _STATES])
+                self._exact[k] = found.pop(_STATES)
+                for name, values in found.items():
+                    seen[name][k] = values
+        self._require_alike(numbers[0], seen)
+        return seen
+
+    def _require_alike(self, number: int, seen: dict[str, np.ndarray]) -> None:
+        """A layer alone must compute what it does in the whole model: an input has the mean squares that were collected."""
+        known, one = self._rest.statistics.read(number), self._inputs[number]
+        fit = [x for k, x in enumerate(seen[one.weights[0]]) if not is_held(k)]
+        found = sum(np.square(x).sum(0, dtype=np.float64) for x in fit)
+        expected = np.diag(known.fit).astype(np.float64)
+        if not np.abs(found - expected).sum() <= _ALIKE * expected.sum():
+            raise QuantizeError(
+                f"{self._file.path}: its layers, run one by one, compute something else than the whole model (the inputs of "
+                f"{one.name} differ by {np.abs(found - expected).sum() / expected.sum():.0%}). Round without: "
+                "--rounding compensated"
+            )
+
+    def _fitted(
+        self, number: int, seen: dict[str, np.ndarray], rough: Layer, pool: Executor, threads: int,
+        begin: Callable[[str], object],
+    ) -> Iterator[Result]:  # fmt: skip
+        wanted = [name for name in self._inputs[number].weights if name in self._rest.names]
+        if not wanted:
+            return
+        sums = self._summed(wanted[0], number, seen, rough, pool)
+        correction = _solved(sums.cross, sums.hessian, pool)
+        aside = None if sums.added is None else _solved(sums.added, sums.hessian, pool)
+        for name in wanted:
+            self._rest.began(name, begin)
+            weights, importance, start = self._rest.matrix(name, 0)
+            type = self._types[name]
+            moved = weights + _product(weights, correction, pool)
+            target = sums.exact @ weights.T
+            if aside is not None and sums.off is not None:
+                moved += aside
+                target += sums.off
+
+            def loss(data: np.ndarray, type: TensorType = type, target: np.ndarray = target, n: int = len(weights)) -> float:
+                decoded = rows.decode(data.reshape(n, -1), type, np.empty(n * sums.hessian.held.shape[1], np.float32))
+                off = target - sums.hessian.held @ decoded.T
+                return float(np.einsum("ij,ij->", off, off, dtype=np.float64)) / sums.hessian.n_held
+
+            found = compensated(name, moved, type, importance, sums.hessian, threads)
+            simple = plain(name, weights, type, importance)
+            losses = loss(simple), loss(np.ascontiguousarray(found.rows))
+            kept = losses[1] < losses[0]
+            yield (
+                Outcome(name, None, type.name, None, losses[0], min(losses), kept, found.damping, found.by_diagonal),
+                start,
+                found.rows if kept else simple,
+            )
+
+    def _summed(self, name: str, number: int, seen: dict[str, np.ndarray], rough: Layer, pool: Executor) -> _Sums:
+        """Run the text through the rounded model as far as the input of a weight."""
+        first, d = self._inputs[number].weights[0], self._inputs[number].columns
+        role = first.split(".", 2)[-1]
+        state = _ADDED_TO.get(role)
+        width = self._exact.shape[-1] if role in _ADDED_TO else 0
+        fit, cross, added = (np.zeros((n, d), np.float32) for n in (d, d, width))
+        held = exact, off, rough_held = tuple(np.zeros((SKETCH, n), np.float32) for n in (d, width, d))
+        n_rows = [0, 0]
+        for k, states in enumerate(self._rough):
+            found = rough.through(states, [first], [state] if state else [])
+            x, y = seen[first][k], rows.rounded_inputs(found[first], self._types[name])
+            if width:
+                before = seen[state or ""][k]
+                # The next layer sees these states divided by their length, and so it sees what is wrong with them.
+                share = 1 / np.sqrt(np.square(before).mean(1, keepdims=True))
+                x, y, r = x * share, y * share, (before - (found[state] if state else states)) * share
+            else:
+                r = np.empty((len(x), 0), np.float32)
+            n_rows[is_held(k)] += len(x)
+            if is_held(k):
+                for total, values in zip(held, (x, r, y), strict=True):
+                    total += signs(k, len(x)).T @ values
+            else:
+                for total, values in ((fit, y), (cross, x - y), (added, r)):
+                    _add(total, values, y, pool)
+        hessian = Hessian(fit, rough_held, n_rows[0], n_rows[1])
+        return _Sums(hessian, cross, exact, added if width else None, off if width else None)
+
+
+def _add(total: np.ndarray, a: np.ndarray, b: np.ndarray, pool: Executor) -> None:
+    """total += aᵀ b: the same products whatever the threads of the pool."""
+
+    def add(start: int) -> None:
+        own = slice(start, start + _PANEL)
+        total[own] += a[:, own].T @ b
+
+    deque(pool.map(add, range(0, len(total), _PANEL)), 0)
+
+
+def _product(a: np.ndarray, b: np.ndarray, pool: Executor) -> np.ndarray:
+    return np.concatenate(list(pool.map(lambda start: a[start : start + _PANEL] @ b, range(0, len(a), _PANEL))))
+
+
+def _solved(cross: np.ndarray, hessian: Hessian, pool: Executor) -> np.ndarray:
+    """cross · H⁻¹, H damped as for rounding: with its factor, H = A · diag(D) · Aᵀ."""
+    from scipy.linalg import solve_triangular
+
+    factor = hessian.factor(DAMPING, False, pool)
+
+    def solve(start: int) -> np.ndarray:
+        one = solve_triangular(factor.feedback, cross[start : start + _PANEL].T, unit_diagonal=True, check_finite=False)
+        one /= factor.remains[:, None]
+        return solve_triangular(factor.feedback, one, trans=1, unit_diagonal=True, check_finite=False).T
+
+    return np.concatenate(list(pool.map(solve, range(0, len(cross), _PANEL))))
