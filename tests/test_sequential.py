@@ -175,8 +175,15 @@ def layered(name):
 
 
 def test_threads_change_nothing(rounded, wide_gguf, calibrated, tmp_path):
-    again = quantize(wide_gguf, tmp_path / "q.gguf", TYPE, imatrix=calibrated, rounding="sequential", threads=3)
+    between = []
+
+    def heard(*_):
+        between.append(len(list(tmp_path.glob(".cnq-*/*"))))
+
+    options = {"imatrix": calibrated, "rounding": "sequential", "threads": 3, "progress": heard}
+    again = quantize(wide_gguf, tmp_path / "q.gguf", TYPE, **options)
     assert again.path.read_bytes() == rounded["sequential"].path.read_bytes()
+    assert 0 < max(between) <= 5  # the inputs of one layer, and the output's, not of all
 
 
 @pytest.mark.parametrize("tied", [False, True])

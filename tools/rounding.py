@@ -1,4 +1,4 @@
-"""Compare compensated rounding with plain, on a float model of any size.
+"""Compare compensated and sequential rounding with plain, on a float model of any size.
 
     python tools/reference_model.py wide-F16.gguf
     python tools/rounding.py wide-F16.gguf -t Q3_K_M -t Q4_K_M -t Q5_K_M --write
@@ -32,6 +32,7 @@ from cnq.gguf_file import GgufFile
 from cnq.hessian_file import beside, read_statistics
 from cnq.machine import this_machine
 from cnq.paired import Interval, Paired, compare
+from cnq.quantize import ROUNDINGS
 from cnq.report import Compensation
 from cnq.report.data import ROLES
 from cnq.report.plots import error_by_layer
@@ -40,7 +41,11 @@ from cnq.texts import python_reference, unlike_texts
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "benchmarks.md"
 BEGIN, END = "<!-- rounding: begin -->", "<!-- rounding: end -->"
-ROUNDINGS = ("plain", "compensated")
+PLAIN, *OTHERS = ROUNDINGS
+COLUMNS = (
+    "bytes", "text", "KLD plain → this", "ratio [95 %]", "ratio of medians [95 %]", "same top %", "difference, points [95 %]",
+    "chunks better",
+)  # fmt: skip
 FILE = click.Path(path_type=Path)
 
 
@@ -87,8 +92,9 @@ def main(
     named = [(text.partition("=")[0], read_source(Path(text.partition("=")[2]))) for text in texts]
     sources = [(s.name, s) for s in unlike_texts()] + named
     sources.append(("newspaper held out, as in calibration", peoples_daily("held-out")))
+    sources.append(("Python reference held out, as in calibration", python_reference("held-out")))
     lines = [header(), "", *table(gguf, files, sources, eval_chunks, threads), ""]
-    lines += [f"- {t}: {kept(stages[f'{t}, compensated'].said)}" for t in types]
+    lines += [f"- {t}, {r}: {kept(stages[f'{t}, {r}'].said)}" for t in types for r in OTHERS]
     lines += ["", *times(stages)]
     click.echo("\n".join(lines))
     if picture:
@@ -141,20 +147,21 @@ def table(
     threads: int,
 ) -> list[str]:
     lines = [
-        "| type | bytes | text | KLD plain → compensated | ratio [95 %] | ratio of medians [95 %] | same top % "
-        "| difference, points [95 %] | chunks better |",
+        f"| type, rounding | {' | '.join(COLUMNS)} |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, source in sources:
         found = measured(gguf, list(files.values()), source, n_chunks, threads)
         by_path = {m.path: m for m in found.models}
         for type in dict.fromkeys(type for type, _ in files):
-            plain, mine = (by_path[files[type, rounding]] for rounding in ROUNDINGS)
-            lines.append(row(type, mine.path, name, compare(plain, mine, found.n_chunks)))
-    for type in dict.fromkeys(type for type, _ in files):
-        one, two = (GgufFile(files[type, rounding]) for rounding in ROUNDINGS)
+            plain = by_path[files[type, PLAIN]]
+            for rounding in OTHERS:
+                mine = by_path[files[type, rounding]]
+                lines.append(row(f"{type}, {rounding}", mine.path, name, compare(plain, mine, found.n_chunks)))
+    for (type, _), path in files.items():
+        one, two = GgufFile(files[type, PLAIN]), GgufFile(path)
         alike = all((one.tensors[n].type, one.tensors[n].nbytes) == (t.type, t.nbytes) for n, t in two.tensors.items())
-        assert alike, f"{two.path} has other types than plain rounding"
+        assert alike, f"{path} has other types than plain rounding"
     return lines
 
 
@@ -214,7 +221,7 @@ def rows_needed(gguf: Path, type: str, counts: list[int], threads: int) -> list[
             calibrated(gguf, imatrix, n, threads)
         out = gguf.with_name(f"{gguf.stem}-rows.gguf")
         pair = []
-        for rounding in ROUNDINGS:
+        for rounding in (PLAIN, "compensated"):
             rounded(gguf, out, type, imatrix, rounding, threads)
             pair.append(losses(gguf, out, judge))
         out.unlink()

@@ -10,7 +10,7 @@ from types import TracebackType
 
 import numpy as np
 
-from ..errors import EngineError
+from ..errors import EngineError, listed
 from ..gguf_file import GgufFile, TensorType, layout
 from . import ggml
 from .model import Model
@@ -84,8 +84,11 @@ class Layer:
 
         self._weights.then = watch
         self._model.feed_states(states)
-        if missing := wanted.keys() - {name for name in wanted if wanted[name] in found}:
-            raise EngineError(f"llama.cpp computed no {missing} in the layer {self._own[:-1]}.")
+        if missing := [name for name in wanted.values() if name not in found]:
+            raise EngineError(
+                f"llama.cpp computes no {listed(missing)} in {self._own[:-1]}: a kind of model that sequential rounding does "
+                "not know. Round without: --rounding compensated"
+            )
         return found
 
 

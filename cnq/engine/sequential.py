@@ -24,7 +24,7 @@ import numpy as np
 from ..errors import QuantizeError
 from ..files import require_space
 from ..gguf_file import TensorType
-from ..hessian_file import SKETCH, is_held, signs
+from ..hessian_file import SKETCH, add_outer, is_held, packed_size, signs, unpacked
 from . import rows
 from .compensate import Hessian
 from .compensation import Compensation, Result, compensated, plain
@@ -68,6 +68,11 @@ class LayerByLayer:
         self._rest, self._written, self._folder = rest, written, folder
         self._file, self._types, self._inputs = rest.file, rest.types, rest.statistics.inputs
         self._tokens = rest.statistics.tokens()
+        # Where a product is normalized or scaled before it is added, what it should make up for is another thing.
+        plainly = f"{rest.file.arch}.residual_scale" not in rest.file.fields and not any(
+            "post_" in n for n in rest.file.tensors
+        )
+        self._added_to = _ADDED_TO if plainly else {}
 
     def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
         """Round all the matrices; each must be in the file before the next is asked for.
@@ -140,8 +145,8 @@ class LayerByLayer:
         and the states that products are added to."""
         columns = {one.weights[0]: one.columns for n in numbers if (one := self._inputs[n]).expert is None}
         seen: dict[str, np.ndarray] = {
-            name: np.memmap(self._folder / name, np.float32, "w+", shape=(*self._tokens.shape, wide))
-            for name, wide in columns.items()
+            name: np.memmap(self._folder / f"{place}.f32", np.float32, "w+", shape=(*self._tokens.shape, wide))
+            for place, (name, wide) in enumerate(columns.items())  # in the places of the layer before
         }
         seen |= {"": self._exact.copy(), _BETWEEN: np.empty_like(self._exact)}
         types = {name: t.type for name, t in self._file.tensors.items()}
@@ -206,9 +211,9 @@ class LayerByLayer:
         """Run the text through the rounded model as far as the input of a weight."""
         first, d = self._inputs[number].weights[0], self._inputs[number].columns
         role = first.split(".", 2)[-1]
-        state = _ADDED_TO.get(role)
-        width = self._exact.shape[-1] if role in _ADDED_TO else 0
-        fit, cross, added = (np.zeros((n, d), np.float32) for n in (d, d, width))
+        state = self._added_to.get(role)
+        width = self._exact.shape[-1] if role in self._added_to else 0
+        fit, cross, added = np.zeros(packed_size(d), np.float32), *(np.zeros((n, d), np.float32) for n in (d, width))
         held = exact, off, rough_held = tuple(np.zeros((SKETCH, n), np.float32) for n in (d, width, d))
         n_rows = [0, 0]
         for k, states in enumerate(self._rough):
@@ -226,9 +231,10 @@ class LayerByLayer:
                 for total, values in zip(held, (x, r, y), strict=True):
                     total += signs(k, len(x)).T @ values
             else:
-                for total, values in ((fit, y), (cross, x - y), (added, r)):
+                add_outer(fit, y, pool)
+                for total, values in ((cross, x - y), (added, r)):
                     _add(total, values, y, pool)
-        hessian = Hessian(fit, rough_held, n_rows[0], n_rows[1])
+        hessian = Hessian(unpacked(fit, d), rough_held, n_rows[0], n_rows[1])
         return _Sums(hessian, cross, exact, added if width else None, off if width else None)
 
 
