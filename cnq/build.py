@@ -285,7 +285,10 @@ def _compared(
             half = len(compensated)
             for mine, theirs in zip(found.models[:half], found.models[half:], strict=True):
                 domains[mine.path].append((found.manifest[0], compare(theirs, mine, found.n_chunks)))
-    return tuple(Compensation(m.path, m.compensation, tuple(domains[m.path])) for m in compensated)
+    return tuple(
+        Compensation(m.path, m.compensation, tuple(domains[m.path]), GgufFile(m.path).field("cnq.rounding.method"))
+        for m in compensated
+    )
 
 
 def _source(entry: catalog.Model) -> str | None:

@@ -174,7 +174,9 @@ cli.add_command(quantize)
 @click.option("--merge", multiple=True, type=FILE, help="Add another importance matrix; repeatable.")
 @click.option("--process-output", is_flag=True, help="Collect for output.weight too.")
 @click.option("--legacy", is_flag=True, help="Write the old .dat form.")
-@click.option("--hessian", is_flag=True, help="Collect what compensated rounding needs too, in a folder beside the output.")
+@click.option(
+    "--hessian", is_flag=True, help="Collect what compensated and sequential rounding take, in a folder beside the output."
+)
 @HESSIAN_MEMORY
 @click.option(
     "--save-every", type=click.IntRange(1), default=10, show_default=True, help="Chunks between states to resume from."

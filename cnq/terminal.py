@@ -226,7 +226,7 @@ def show_collected(found: "Collected") -> None:
     show_manifest(found.manifest)
     if found.hessian:
         times = "once" if found.passes == 1 else f"{found.passes} times"
-        click.echo(f"second moments for compensated rounding: {found.hessian} (the text ran {times})")
+        click.echo(f"second moments, for --rounding compensated and sequential: {found.hessian} (the text ran {times})")
 
 
 def show_statistics(found: list["Statistics"]) -> None:

@@ -79,11 +79,12 @@ def test_the_report_is_written_and_kept(model, tmp_path):
     assert again.report == built.report
 
 
-def test_compensated_rounding_is_compared_with_plain_and_kept(model, tmp_path):
+@pytest.mark.parametrize("how", [{}, {"rounding": "sequential"}])
+def test_compensated_rounding_is_compared_with_plain_and_kept(how, model, tmp_path):
     """By default, on two texts unlike the calibration's; the plain file it is compared with does not stay."""
     out = tmp_path / "out"
-    built, _ = run(model, out, chunks=6, eval_chunks=8)
-    assert GgufFile(built.result).fields["cnq.rounding.method"] == "compensated"
+    built, _ = run(model, out, chunks=6, eval_chunks=8, **how)
+    assert GgufFile(built.result).fields["cnq.rounding.method"] == how.get("rounding", "compensated")
     report = json.loads(built.report.read_text())
     (found,) = report["compensation"]
     assert found["file"] == built.result.name
@@ -102,7 +103,8 @@ def test_compensated_rounding_is_compared_with_plain_and_kept(model, tmp_path):
     page = (out / "report.html").read_text()
     assert "Rounding that compensates" in page
     assert "误差互补的舍入" in page
-    assert len(run(model, out, chunks=6, eval_chunks=8)[1]) == 4  # nothing is made again
+    assert ("Rounded layer by layer" in page) == ("逐层舍入" in page) == bool(how)
+    assert len(run(model, out, chunks=6, eval_chunks=8, **how)[1]) == 4  # nothing is made again
     plain, kept = run(model, out, chunks=6, eval_chunks=8, rounding="plain")
     assert "cnq.rounding.method" not in GgufFile(plain.result).fields
     assert kept == ["my-model-F16.gguf"]

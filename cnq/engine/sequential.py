@@ -33,27 +33,39 @@ from .quantizer import DAMPING, Outcome
 
 _EMBEDDING, _OUTPUT = "token_embd.weight", "output.weight"
 _STATES, _BETWEEN = "l_out-0", "ffn_inp-0"  # llama.cpp's names for the hidden states behind a layer, and behind its attention
-_ADDED_TO = {
-    "attn_output.weight": None,
-    "ffn_down.weight": _BETWEEN,
-}  # the states that a product is added to; None: the layer's
+_BEFORE = "before"  # ours for those that come in
+_ADDED_TO = {"attn_output.weight": _BEFORE, "ffn_down.weight": _BETWEEN}  # the states that a product is added to
 _PANEL = 256  # columns of a sum that a thread works on at once
 _ALIKE = 1e-2  # share by which an input's mean squares may differ between the float model and its layers alone
 
 
 @dataclass(frozen=True)
 class _Sums:
-    """Over the text: of the inputs x̂ of a matrix in the rounded model, beside x in the float model.
+    """What is known of an input from the text: x in the float model, x̂ in the rounded one, both with d columns.
 
-    fit: Σ x̂ x̂ᵀ; cross: Σ (x − x̂) x̂ᵀ; added: Σ r x̂ᵀ, or None. exact, rough, off: the same x, x̂ and r of the chunks that are
-    held back, as sketches (SKETCH, columns).
+    hessian: of x̂. Where states: for the one matrix W whose product is added to hidden states that are off by r, cross:
+    Σ (W x + r − W x̂) x̂ᵀ, (n, d), and exact: W x + r of the chunks held back, as the sketch in hessian has x̂. Else for all
+    matrices with this input, cross: Σ (x − x̂) x̂ᵀ, (d, d), and exact: x.
     """
 
     hessian: Hessian
     cross: np.ndarray
     exact: np.ndarray
-    added: np.ndarray | None
-    off: np.ndarray | None
+    states: bool
+
+    def target(self, weights: np.ndarray) -> np.ndarray:
+        """What weights (n, d) should make of x̂ in the sketch: (SKETCH, n)."""
+        return self.exact if self.states else self.exact @ weights.T
+
+    def moved(self, weights: np.ndarray, correction: np.ndarray, pool: Executor) -> np.ndarray:
+        """Those that do it. correction: cross · H⁻¹."""
+        return weights + (correction if self.states else _product(weights, correction, pool))
+
+    def loss(self, data: np.ndarray, type: TensorType, target: np.ndarray) -> float:
+        """Mean square of what rounded rows make of x̂ instead."""
+        decoded = rows.decode(data, type, np.empty(len(data) * self.hessian.held.shape[1], np.float32))
+        wrong = target - self.hessian.held @ decoded.T
+        return float(np.einsum("ij,ij->", wrong, wrong, dtype=np.float64)) / self.hessian.n_held
 
 
 class LayerByLayer:
@@ -103,7 +115,7 @@ class LayerByLayer:
 
     def _nbytes(self, layer: int, numbers: list[int]) -> int:
         """Of the files in between of a layer."""
-        columns = sum(self._inputs[n].columns for n in numbers) + self._file.tensors[_EMBEDDING].shape[1]
+        columns = sum(self._inputs[n].columns for n in numbers) + 2 * self._file.tensors[_EMBEDDING].shape[1]
         return 4 * self._tokens.size * columns + sum(
             t.nbytes for name, t in self._file.tensors.items() if name.startswith(f"blk.{layer}.")
         )
@@ -144,15 +156,16 @@ class LayerByLayer:
         """The text through a layer of the float model: of each input, by its first weight, (chunks, n_ctx, columns) float32,
         and the states that products are added to."""
         columns = {one.weights[0]: one.columns for n in numbers if (one := self._inputs[n]).expert is None}
-        seen: dict[str, np.ndarray] = {
-            name: np.memmap(self._folder / f"{place}.f32", np.float32, "w+", shape=(*self._tokens.shape, wide))
-            for place, (name, wide) in enumerate(columns.items())  # in the places of the layer before
-        }
-        seen |= {"": self._exact.copy(), _BETWEEN: np.empty_like(self._exact)}
+        states = dict.fromkeys((_BEFORE, _BETWEEN), self._exact.shape[-1])
+        seen: dict[str, np.ndarray] = {}
+        for place, (name, wide) in enumerate((columns | states).items()):  # in the places of the layer before
+            shape = (*self._tokens.shape, wide)
+            seen[name] = np.memmap(self._folder / f"{place}.f32", np.float32, "w+", shape=shape)
         types = {name: t.type for name, t in self._file.tensors.items()}
         with self._alone(layer, types, lambda name: self._file.tensor(name).data, threads) as exact:
-            for k, states in enumerate(self._exact):
-                found = exact.through(states, list(columns), [_BETWEEN, _STATES])
+            for k, before in enumerate(self._exact):
+                found = exact.through(before, list(columns), [_BETWEEN, _STATES])
+                seen[_BEFORE][k] = before
                 self._exact[k] = found.pop(_STATES)
                 for name, values in found.items():
                     seen[name][k] = values
@@ -181,61 +194,48 @@ class LayerByLayer:
             return
         sums = self._summed(wanted[0], number, seen, rough, pool)
         correction = _solved(sums.cross, sums.hessian, pool)
-        aside = None if sums.added is None else _solved(sums.added, sums.hessian, pool)
         for name in wanted:
             self._rest.began(name, begin)
             weights, importance, start = self._rest.matrix(name, 0)
-            type = self._types[name]
-            moved = weights + _product(weights, correction, pool)
-            target = sums.exact @ weights.T
-            if aside is not None and sums.off is not None:
-                moved += aside
-                target += sums.off
-
-            def loss(data: np.ndarray, type: TensorType = type, target: np.ndarray = target, n: int = len(weights)) -> float:
-                decoded = rows.decode(data.reshape(n, -1), type, np.empty(n * sums.hessian.held.shape[1], np.float32))
-                off = target - sums.hessian.held @ decoded.T
-                return float(np.einsum("ij,ij->", off, off, dtype=np.float64)) / sums.hessian.n_held
-
-            found = compensated(name, moved, type, importance, sums.hessian, threads)
-            simple = plain(name, weights, type, importance)
-            losses = loss(simple), loss(np.ascontiguousarray(found.rows))
-            kept = losses[1] < losses[0]
+            type, target = self._types[name], sums.target(weights)
+            found = compensated(name, sums.moved(weights, correction, pool), type, importance, sums.hessian, threads)
+            simple = plain(name, weights, type, importance).reshape(found.rows.shape)
+            loss_plain, loss = (sums.loss(data, type, target) for data in (simple, found.rows))
+            kept = loss < loss_plain
             yield (
-                Outcome(name, None, type.name, None, losses[0], min(losses), kept, found.damping, found.by_diagonal),
+                Outcome(
+                    name, None, type.name, None, loss_plain, min(loss, loss_plain), kept, found.damping, found.by_diagonal
+                ),
                 start,
                 found.rows if kept else simple,
-            )
+            )  # fmt: skip
 
     def _summed(self, name: str, number: int, seen: dict[str, np.ndarray], rough: Layer, pool: Executor) -> _Sums:
         """Run the text through the rounded model as far as the input of a weight."""
         first, d = self._inputs[number].weights[0], self._inputs[number].columns
-        role = first.split(".", 2)[-1]
-        state = self._added_to.get(role)
-        width = self._exact.shape[-1] if role in self._added_to else 0
-        fit, cross, added = np.zeros(packed_size(d), np.float32), *(np.zeros((n, d), np.float32) for n in (d, width))
-        held = exact, off, rough_held = tuple(np.zeros((SKETCH, n), np.float32) for n in (d, width, d))
+        added_to = self._added_to.get(first.split(".", 2)[-1])
+        weights = self._rest.matrix(name, 0)[0] if added_to else np.empty((d, 0), np.float32)
+        fit, cross = np.zeros(packed_size(d), np.float32), np.zeros((len(weights), d), np.float32)
+        exact, held = np.zeros((SKETCH, len(weights)), np.float32), np.zeros((SKETCH, d), np.float32)
         n_rows = [0, 0]
         for k, states in enumerate(self._rough):
-            found = rough.through(states, [first], [state] if state else [])
+            found = {_BEFORE: states} | rough.through(states, [first], [_BETWEEN] if added_to == _BETWEEN else [])
             x, y = seen[first][k], rows.rounded_inputs(found[first], self._types[name])
-            if width:
-                before = seen[state or ""][k]
+            wrong = x - y
+            if added_to:
+                before = seen[added_to][k]
                 # The next layer sees these states divided by their length, and so it sees what is wrong with them.
                 share = 1 / np.sqrt(np.square(before).mean(1, keepdims=True))
-                x, y, r = x * share, y * share, (before - (found[state] if state else states)) * share
-            else:
-                r = np.empty((len(x), 0), np.float32)
+                y, off = y * share, (before - found[added_to]) * share
+                x, wrong = (_product(part * share, weights.T, pool) + off for part in (x, wrong))
             n_rows[is_held(k)] += len(x)
             if is_held(k):
-                for total, values in zip(held, (x, r, y), strict=True):
-                    total += signs(k, len(x)).T @ values
+                for sketch, values in ((exact, x), (held, y)):
+                    sketch += signs(k, len(x)).T @ values
             else:
                 add_outer(fit, y, pool)
-                for total, values in ((cross, x - y), (added, r)):
-                    _add(total, values, y, pool)
-        hessian = Hessian(unpacked(fit, d), rough_held, n_rows[0], n_rows[1])
-        return _Sums(hessian, cross, exact, added if width else None, off if width else None)
+                _add(cross, wrong, y, pool)
+        return _Sums(Hessian(unpacked(fit, d), held, n_rows[0], n_rows[1]), cross, exact, bool(added_to))
 
 
 def _add(total: np.ndarray, a: np.ndarray, b: np.ndarray, pool: Executor) -> None:

@@ -27,6 +27,15 @@ def compensations(report: Report) -> list[str]:
     for c in report.compensations:
         kept = sum(o.kept for o in c.outcomes)
         out.append(f'<h3><span class="file">{e(c.path.name)}</span></h3>')
+        if c.method == "sequential":
+            out.append(
+                both(
+                    "逐层舍入：每一层还弥补前面各层已经造成的误差；下面的误差包含随输入带来的那一部分。",
+                    "Rounded layer by layer: each layer also makes up for what the layers before it got wrong. The errors "
+                    "below hold what comes with the input.",
+                    "p",
+                )
+            )
         out.append(
             both(
                 f"{len(c.outcomes)} 个矩阵里有 {kept} 个采用了互补的编码；"

@@ -96,11 +96,12 @@ class Sizing:
 @dataclass(frozen=True)
 class Compensation:
     """A file that was rounded with compensation. outcomes: of its matrices. domains: texts unlike the calibration's, and how
-    the file compares on them with plain rounding to the same types."""
+    the file compares on them with plain rounding to the same types. method: compensated or sequential."""
 
     path: Path
     outcomes: tuple[Outcome, ...]
     domains: tuple[tuple[Used, Paired], ...]
+    method: str = "compensated"
 
     @property
     def tried(self) -> list[Outcome]:

@@ -122,6 +122,7 @@ def _measured(m: Measured) -> dict[str, Any]:
 def _compensation(c: Compensation) -> dict[str, Any]:
     return {
         "file": c.path.name,
+        "rounding": c.method,
         "matrices": [asdict(outcome) for outcome in c.outcomes],
         "compared_with_plain": [{"text": asdict(used), **asdict(paired)} for used, paired in c.domains],
     }
