@@ -183,7 +183,7 @@ class _Calibrated:
 def _calibrated(src: Path, dst: Path, chunks: int, rounding: str, memory: int, threads: int, progress: Progress) -> _Calibrated:
     """The importance matrix, and beside it second moments, from the calibration half of the default corpus."""
     hessian = rounding != "plain"
-    if hessian and not is_complete(beside(dst)):
+    if hessian and not is_complete(beside(dst), text=rounding == "sequential"):
         record_path(dst).unlink(missing_ok=True)  # somebody made room: the matrix alone is not enough
 
     def work() -> Done:

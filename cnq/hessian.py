@@ -26,7 +26,7 @@ from .hessian_file import (
     Source,
     Statistics,
     add_outer,
-    add_sketch,
+    add_product,
     digest_of,
     is_held,
     parts,
@@ -147,7 +147,7 @@ class Sums:
         if self._signs is None:
             add_outer(packed, x, self._pool)
         else:
-            add_sketch(held, self._signs[tokens], x, self._pool)
+            add_product(held, self._signs[tokens], x, self._pool)
         self.rows[number][self._signs is not None] += len(x)
 
     def result(self) -> dict[int, tuple[np.ndarray, int, int]]:

@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import StatisticsError, listed
 from .files import replacing
+from .gguf_file import GgufFile
 
 FOLDER = ".hessian"
 _MANIFEST, _TOKENS = "manifest.json", "tokens.npy"
@@ -67,14 +68,14 @@ def add_outer(packed: np.ndarray, x: np.ndarray, pool: Executor) -> None:
     deque(pool.map(add, block_rows(packed, x.shape[1])), 0)
 
 
-def add_sketch(sketch: np.ndarray, signs: np.ndarray, x: np.ndarray, pool: Executor) -> None:
-    """Add signsᵀ x: signs (n, SKETCH), x (n, columns)."""
+def add_product(total: np.ndarray, a: np.ndarray, b: np.ndarray, pool: Executor) -> None:
+    """Add aᵀ b: a (n, rows), b (n, columns). The same products whatever the threads of the pool."""
 
     def add(start: int) -> None:
         own = slice(start, start + _BLOCK)
-        sketch[:, own] += signs.T @ x[:, own]
+        total[:, own] += a.T @ b[:, own]
 
-    deque(pool.map(add, range(0, x.shape[1], _BLOCK)), 0)
+    deque(pool.map(add, range(0, b.shape[1], _BLOCK)), 0)
 
 
 def unpacked(packed: np.ndarray, columns: int) -> np.ndarray:
@@ -258,17 +259,37 @@ def read_statistics(folder: Path) -> Statistics:
     return Statistics(folder, source, inputs)
 
 
+def between_bytes(file: GgufFile, statistics: "Statistics") -> int:
+    """The disk that sequential rounding takes besides its result: a layer, its inputs over the text, and its hidden states."""
+    columns: dict[str, int] = {}
+    layers: dict[str, int] = {}
+    for one in statistics.inputs:
+        if one.expert is None:
+            layer = _layer_of(one.weights[0])
+            columns[layer] = columns.get(layer, 0) + one.columns
+    for name, tensor in file.tensors.items():
+        layers[_layer_of(name)] = layers.get(_layer_of(name), 0) + tensor.nbytes
+    wide = 2 * file.tensors["token_embd.weight"].shape[-1] + columns.pop("", 0)  # what has no layer goes with the last
+    layers.pop("", None)
+    tokens = statistics.source.n_chunks * statistics.source.n_ctx
+    return max(layers.values(), default=0) + 4 * tokens * (wide + max(columns.values(), default=0))
+
+
+def _layer_of(name: str) -> str:
+    return name.split(".")[1] if name.startswith("blk.") else ""
+
+
 def digest_of(tokens: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
 
 
-def is_complete(folder: Path) -> bool:
-    """Whether all the inputs of a model are in a folder, and the text."""
+def is_complete(folder: Path, *, text: bool) -> bool:
+    """Whether all the inputs of a model are in a folder; text: and their tokens."""
     try:
         found = read_statistics(folder)
     except StatisticsError:
         return False
-    files = [folder / _TOKENS, *(found.path(n) for n in range(len(found.inputs)))]
+    files = [found.path(n) for n in range(len(found.inputs))] + ([folder / _TOKENS] if text else [])
     return not found.missing and all(path.is_file() for path in files)
 
 

@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from .files import replacing
 from .gguf_file import GgufFile
 from .hessian_file import Statistics, beside
 from .imatrix_file import Importance, merged, read_imatrix, write_dat, write_gguf
+from .tuning import PLAIN
 
 MIN_TOKENS = 16  # llama-imatrix looks at no smaller product
 STATE = ".state"
@@ -180,8 +181,9 @@ def collect(
     collector = Collector(file, process_output)
     watching = moments.Watching()
     n_batch = n_ctx if hessian else min(n_batch, n_ctx)  # a pass that ends early must have been the whole chunk's
+    tuned = replace(PLAIN, batch=max(PLAIN.batch, n_ctx)) if hessian else PLAIN  # and in one piece
     with replacing(dst, force=force) as partial:
-        with Model(gguf, n_ctx=n_ctx, n_batch=n_batch, n_threads=threads, watch=watching) as model:
+        with Model(gguf, n_ctx=n_ctx, n_batch=n_batch, n_threads=threads, tuned=tuned, watch=watching) as model:
             chunks = text(model)
             datasets = tuple(f"{u.name} sha256:{u.sha256[:16]} {u.chunks} chunks" for u in chunks.manifest)
             state = _State(dst, _key(gguf, chunks, n_ctx, process_output))

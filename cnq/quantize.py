@@ -14,7 +14,7 @@ from .errors import GgufError, ImatrixRequired, QuantizeError, StatisticsError, 
 from .files import replacing
 from .fingerprint import fingerprint
 from .gguf_file import BF16, F16, F32, TYPE_BY_NAME, GgufFile, retyped
-from .hessian_file import Statistics, beside, complete_statistics
+from .hessian_file import Statistics, beside, between_bytes, complete_statistics
 from .imatrix_file import Importance, read_imatrix
 
 _NEVER_STORED = frozenset({"F64", "I8", "I16", "I32", "I64", "Q8_1", "Q8_K"})  # not in ggml.c, ggml_quantize_chunk
@@ -133,7 +133,11 @@ def quantize(
         planned, fields = _prepare(child, *arguments)
         types = {t.name: TYPE_BY_NAME[t.type] for t in planned.tensors}
         folder = statistics.folder if statistics else None
-        with replacing(dst, force=force, need=planned.nbytes) as partial, _scratch(child, dst.parent, rounding) as scratch:
+        between = between_bytes(GgufFile(src), statistics) if statistics and rounding == "sequential" else 0
+        with (
+            replacing(dst, force=force, need=planned.nbytes + between) as partial,
+            _scratch(child, dst.parent, rounding) as scratch,
+        ):
             outcomes = child.round(
                 partial, types, fields, imatrix=imatrix, statistics=folder, sequential=scratch, threads=threads,
                 progress=progress,

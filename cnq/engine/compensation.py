@@ -42,7 +42,7 @@ class Compensation:
     def not_tried(self) -> Iterator[Result]:
         """The matrices that keep ggml's codes because of their type."""
         for name in self._fixed:
-            yield self.outcome(name, None, "codes of this type stand for groups"), 0, np.empty(0, np.uint8)
+            yield self._not_tried(name, None, "codes of this type stand for groups"), 0, np.empty(0, np.uint8)
 
     def rounded(self, number: int, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
         """Round the matrices of one input, by what the float model multiplies them with."""
@@ -55,7 +55,7 @@ class Compensation:
             type = self.types[name]
             if not one.enough:
                 reason = f"{one.n_fit} tokens, and {one.n_held} to judge by, are too few"
-                yield self.outcome(name, one.expert, reason), start, plain(name, weights, type, importance)
+                yield self._not_tried(name, one.expert, reason), start, plain(name, weights, type, importance)
                 continue
             if hessian is None:
                 sums = self.statistics.read(number)
@@ -72,7 +72,7 @@ class Compensation:
             self._begun.add(name)
             begin(name)
 
-    def outcome(self, name: str, expert: int | None, reason: str) -> Outcome:
+    def _not_tried(self, name: str, expert: int | None, reason: str) -> Outcome:
         return Outcome(name, expert, self.types[name].name, reason)
 
     def matrix(self, name: str, expert: int) -> tuple[np.ndarray, np.ndarray | None, int]:

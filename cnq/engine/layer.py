@@ -4,7 +4,9 @@ It is a GGUF of its own, with the model's metadata, one block, and no vocabulary
 embeddings (llama_batch.embd), and gives the states behind a layer the name l_out.
 """
 
+import gc
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +14,7 @@ import numpy as np
 
 from ..errors import EngineError, listed
 from ..gguf_file import GgufFile, TensorType, layout
+from ..tuning import PLAIN
 from . import ggml
 from .model import Model
 from .weights import Weights
@@ -34,8 +37,9 @@ class Layer:
         n_ctx: int,
         threads: int,
     ):
-        """types: of the tensors, as the layer has them here. data: their bytes; None: zeros, to be written later. path: the
-        GGUF that is made, and gone when the layer is in memory. n_ctx: rows of hidden states at most.
+        """types: of the tensors, as the layer has them here. data: their bytes; None: zeros, to be written later; not asked of
+        embedding and output, of which nothing is computed. path: the GGUF that is made, and gone when the layer is in memory.
+        n_ctx: rows of hidden states at most.
 
         Raises EngineError with llama.cpp's words.
         """
@@ -43,7 +47,8 @@ class Layer:
         _write(file, number, types, data, path)
         try:
             self._weights = Weights(GgufFile(path))
-            self._model = Model(path, n_ctx=n_ctx, n_batch=n_ctx, n_threads=threads, writable=True, watch=self._weights)
+            tuned = replace(PLAIN, batch=n_ctx)  # a pass in one piece
+            self._model = Model(path, n_ctx=n_ctx, n_threads=threads, tuned=tuned, writable=True, watch=self._weights)
         finally:
             path.unlink()
 
@@ -52,6 +57,8 @@ class Layer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._model.close()
+        del self._model, self._weights
+        gc.collect()  # they refer to each other through llama.cpp's callback, and keep the disk of the file that is gone
 
     def locate(self, names: Sequence[str]) -> None:
         """Before `write`: find these weights. Raises EngineError."""
@@ -110,7 +117,7 @@ def _write(
     with path.open("wb") as out:
         out.write(made.head)
         for alone, name in names.items():
-            if (content := data(name)) is not None:
+            if name not in _VOCABULARY and (content := data(name)) is not None:
                 out.seek(made.starts[alone])
-                out.write(np.ascontiguousarray(content[:n_vocab] if name in _VOCABULARY else content).data)
+                out.write(np.ascontiguousarray(content).data)
         out.truncate(made.nbytes)

@@ -25,6 +25,8 @@ class Outcome:
     """What came of the compensation of a matrix. expert: its number in a stack of matrices.
 
     loss, loss_plain: mean square of the error at the layer's output over inputs held back, with compensation and without.
+    Where rounding goes layer by layer it holds what comes with the input, and where a product is added to hidden states it is
+    a share of their mean square.
     kept: whether the compensated codes were better, and stand in the file. damping, by_diagonal: how they were made.
     reason: why it was not tried; the other figures are None then.
     """

@@ -12,7 +12,6 @@ The text runs through both models side by side, a layer at a time (layer.py): th
 other as far as the input of each of its matrices, and once to its end.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,9 +21,8 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import QuantizeError
-from ..files import require_space
 from ..gguf_file import TensorType
-from ..hessian_file import SKETCH, add_outer, is_held, packed_size, signs, unpacked
+from ..hessian_file import SKETCH, add_outer, add_product, is_held, packed_size, signs, unpacked
 from . import rows
 from .compensate import Hessian
 from .compensation import Compensation, Result, compensated, plain
@@ -36,6 +34,7 @@ _STATES, _BETWEEN = "l_out-0", "ffn_inp-0"  # llama.cpp's names for the hidden s
 _BEFORE = "before"  # ours for those that come in
 _ADDED_TO = {"attn_output.weight": _BEFORE, "ffn_down.weight": _BETWEEN}  # the states that a product is added to
 _PANEL = 256  # columns of a sum that a thread works on at once
+_FAINT, _TINY = 1e-2, 1e-12  # of the median token's mean square: no token counts as if it had less, such as one never trained
 _ALIKE = 1e-2  # share by which an input's mean squares may differ between the float model and its layers alone
 
 
@@ -89,14 +88,15 @@ class LayerByLayer:
     def run(self, threads: int, begin: Callable[[str], object]) -> Iterator[Result]:
         """Round all the matrices; each must be in the file before the next is asked for.
 
-        Memory, beside what compensation takes: the hidden states of the text in both models, three sums of an input, and a
-        layer. Raises QuantizeError, StatisticsError, EngineError, NoSpace, OSError.
+        Memory, beside what compensation takes: the hidden states of the text in both models, two sums of an input, and a
+        layer. Disk: between_bytes. Raises QuantizeError, StatisticsError, EngineError, OSError.
         """
         n_layers = int(self._file.fields[f"{self._file.arch}.block_count"])
         layers = [self._numbers(layer, n_layers) for layer in range(n_layers)]
         own = set().union(*layers)
-        require_space(self._folder, max(map(self._nbytes, range(n_layers), layers)))
         yield from self._rest.not_tried()
+        if not self._rest.names:
+            return
         for number in range(len(self._inputs)):
             if number not in own:
                 yield from self._rest.rounded(number, threads, begin)
@@ -105,20 +105,13 @@ class LayerByLayer:
         self._rough = self._embedded(self._rounded(_EMBEDDING), self._types[_EMBEDDING])
         with ThreadPoolExecutor(threads) as pool:
             for layer, numbers in enumerate(layers):
-                yield from self._layer(layer, numbers, pool, threads, begin)
+                yield from self._layer(layer, numbers, layer + 1 == n_layers, pool, threads, begin)
 
     def _numbers(self, layer: int, n_layers: int) -> list[int]:
         """Of the inputs that a layer has, in the order of the graph; the output goes with the last."""
         ends = {_OUTPUT} if layer + 1 == n_layers else set()
         firsts = [one.weights[0] for one in self._inputs]
         return [n for n, name in enumerate(firsts) if name.startswith(f"blk.{layer}.") or name in ends]
-
-    def _nbytes(self, layer: int, numbers: list[int]) -> int:
-        """Of the files in between of a layer."""
-        columns = sum(self._inputs[n].columns for n in numbers) + 2 * self._file.tensors[_EMBEDDING].shape[1]
-        return 4 * self._tokens.size * columns + sum(
-            t.nbytes for name, t in self._file.tensors.items() if name.startswith(f"blk.{layer}.")
-        )
 
     def _embedded(self, table: np.ndarray, type: TensorType) -> np.ndarray:
         """Hidden states of the text where it comes in: (chunks, n_ctx, hidden size) float32."""
@@ -131,7 +124,7 @@ class LayerByLayer:
         return self._written(name).reshape(-1, self._types[name].row_bytes(self._file.tensors[name].shape[-1]))
 
     def _layer(
-        self, layer: int, numbers: list[int], pool: Executor, threads: int, begin: Callable[[str], object]
+        self, layer: int, numbers: list[int], last: bool, pool: Executor, threads: int, begin: Callable[[str], object]
     ) -> Iterator[Result]:
         seen = self._run_exact(layer, numbers, threads)
         later = {name for n in numbers for name in self._inputs[n].weights} & self._rest.names
@@ -145,7 +138,7 @@ class LayerByLayer:
                         yield from self._rest.rounded(n, threads, begin)
                 for name in later.intersection(weights) - {_OUTPUT}:
                     rough.write(name, self._written(name))
-            for k, states in enumerate(self._rough):
+            for k, states in enumerate(() if last else self._rough):
                 self._rough[k] = rough.through(states, [], [_STATES])[_STATES]
 
     def _alone(self, layer: int, types: dict[str, TensorType], data: Callable[[str], np.ndarray | None], threads: int) -> Layer:
@@ -158,9 +151,11 @@ class LayerByLayer:
         columns = {one.weights[0]: one.columns for n in numbers if (one := self._inputs[n]).expert is None}
         states = dict.fromkeys((_BEFORE, _BETWEEN), self._exact.shape[-1])
         seen: dict[str, np.ndarray] = {}
-        for place, (name, wide) in enumerate((columns | states).items()):  # in the places of the layer before
+        path = self._folder / "inputs.f32"
+        for name, wide in (columns | states).items():
             shape = (*self._tokens.shape, wide)
-            seen[name] = np.memmap(self._folder / f"{place}.f32", np.float32, "w+", shape=shape)
+            seen[name] = np.memmap(path, np.float32, "w+", shape=shape)
+            path.unlink()  # the disk is free again when the array is, whatever becomes of this process
         types = {name: t.type for name, t in self._file.tensors.items()}
         with self._alone(layer, types, lambda name: self._file.tensor(name).data, threads) as exact:
             for k, before in enumerate(self._exact):
@@ -169,7 +164,9 @@ class LayerByLayer:
                 self._exact[k] = found.pop(_STATES)
                 for name, values in found.items():
                     seen[name][k] = values
-        self._require_alike(numbers[0], seen)
+        for n in numbers:
+            if self._inputs[n].expert is None:
+                self._require_alike(n, seen)
         return seen
 
     def _require_alike(self, number: int, seen: dict[str, np.ndarray]) -> None:
@@ -189,12 +186,20 @@ class LayerByLayer:
         self, number: int, seen: dict[str, np.ndarray], rough: Layer, pool: Executor, threads: int,
         begin: Callable[[str], object],
     ) -> Iterator[Result]:  # fmt: skip
-        wanted = [name for name in self._inputs[number].weights if name in self._rest.names]
-        if not wanted:
-            return
-        sums = self._summed(wanted[0], number, seen, rough, pool)
+        forms: dict[TensorType, list[str]] = {}  # in which products see the input
+        for name in self._inputs[number].weights:
+            if name in self._rest.names:
+                forms.setdefault(rows.input_type(self._types[name]), []).append(name)
+        for names in forms.values():
+            yield from self._fitted_alike(number, names, seen, rough, pool, threads, begin)
+
+    def _fitted_alike(
+        self, number: int, names: list[str], seen: dict[str, np.ndarray], rough: Layer, pool: Executor, threads: int,
+        begin: Callable[[str], object],
+    ) -> Iterator[Result]:  # fmt: skip
+        sums = self._summed(names[0], number, seen, rough, pool)
         correction = _solved(sums.cross, sums.hessian, pool)
-        for name in wanted:
+        for name in names:
             self._rest.began(name, begin)
             weights, importance, start = self._rest.matrix(name, 0)
             type, target = self._types[name], sums.target(weights)
@@ -214,38 +219,29 @@ class LayerByLayer:
         """Run the text through the rounded model as far as the input of a weight."""
         first, d = self._inputs[number].weights[0], self._inputs[number].columns
         added_to = self._added_to.get(first.split(".", 2)[-1])
-        weights = self._rest.matrix(name, 0)[0] if added_to else np.empty((d, 0), np.float32)
-        fit, cross = np.zeros(packed_size(d), np.float32), np.zeros((len(weights), d), np.float32)
-        exact, held = np.zeros((SKETCH, len(weights)), np.float32), np.zeros((SKETCH, d), np.float32)
+        weights = self._rest.matrix(name, 0)[0] if added_to else None
+        n = d if weights is None else len(weights)
+        fit, cross = np.zeros(packed_size(d), np.float32), np.zeros((n, d), np.float32)
+        exact, held = np.zeros((SKETCH, n), np.float32), np.zeros((SKETCH, d), np.float32)
         n_rows = [0, 0]
         for k, states in enumerate(self._rough):
             found = {_BEFORE: states} | rough.through(states, [first], [_BETWEEN] if added_to == _BETWEEN else [])
-            x, y = seen[first][k], rows.rounded_inputs(found[first], self._types[name])
-            wrong = x - y
+            x, y, off = seen[first][k], rows.rounded_inputs(found[first], self._types[name]), np.float32(0)
             if added_to:
                 before = seen[added_to][k]
-                # The next layer sees these states divided by their length, and so it sees what is wrong with them.
-                share = 1 / np.sqrt(np.square(before).mean(1, keepdims=True))
-                y, off = y * share, (before - found[added_to]) * share
-                x, wrong = (_product(part * share, weights.T, pool) + off for part in (x, wrong))
+                # A norm divides states by their length, and so it sees what is wrong with them.
+                squares = np.square(before).mean(1, keepdims=True)
+                share = 1 / np.sqrt(np.maximum(squares, _FAINT * np.median(squares) + _TINY))
+                x, y, off = x * share, y * share, (before - found[added_to]) * share
             n_rows[is_held(k)] += len(x)
             if is_held(k):
-                for sketch, values in ((exact, x), (held, y)):
-                    sketch += signs(k, len(x)).T @ values
+                drawn = signs(k, len(x))
+                add_product(exact, drawn, x if weights is None else _product(x, weights.T, pool) + off, pool)
+                add_product(held, drawn, y, pool)
             else:
                 add_outer(fit, y, pool)
-                _add(cross, wrong, y, pool)
-        return _Sums(Hessian(unpacked(fit, d), held, n_rows[0], n_rows[1]), cross, exact, bool(added_to))
-
-
-def _add(total: np.ndarray, a: np.ndarray, b: np.ndarray, pool: Executor) -> None:
-    """total += aᵀ b: the same products whatever the threads of the pool."""
-
-    def add(start: int) -> None:
-        own = slice(start, start + _PANEL)
-        total[own] += a[:, own].T @ b
-
-    deque(pool.map(add, range(0, len(total), _PANEL)), 0)
+                add_product(cross, x - y if weights is None else _product(x - y, weights.T, pool) + off, y, pool)
+        return _Sums(Hessian(unpacked(fit, d), held, n_rows[0], n_rows[1]), cross, exact, weights is not None)
 
 
 def _product(a: np.ndarray, b: np.ndarray, pool: Executor) -> np.ndarray:

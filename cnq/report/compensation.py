@@ -30,9 +30,11 @@ def compensations(report: Report) -> list[str]:
         if c.method == "sequential":
             out.append(
                 both(
-                    "逐层舍入：每一层还弥补前面各层已经造成的误差；下面的误差包含随输入带来的那一部分。",
+                    "逐层舍入：每一层还弥补前面各层已经造成的误差；下面的误差包含随输入带来的那一部分（词嵌入与专家除外），"
+                    "attn_output 与 ffn_down 的误差以隐藏状态的均方为单位。",
                     "Rounded layer by layer: each layer also makes up for what the layers before it got wrong. The errors "
-                    "below hold what comes with the input.",
+                    "below hold what comes with the input (but those of a tied embedding and of experts); of attn_output and "
+                    "ffn_down they are in shares of the hidden states' mean square.",
                     "p",
                 )
             )
