@@ -169,7 +169,8 @@ def test_the_losses_told_are_those_between_the_two_models(kind, rounded, wide_gg
             if name.endswith(("attn_output.weight", "ffn_down.weight")):
                 layer = int(name.split(".")[1])
                 state = f"l_out-{layer - 1}" if "attn" in name else f"ffn_inp-{layer}"
-                share = 1 / np.sqrt(np.square(a[state]).mean(1, keepdims=True))
+                after = a[f"ffn_inp-{layer}" if "attn" in name else f"l_out-{layer}"]
+                share = 1 / np.sqrt(np.square(after).mean(1, keepdims=True))
                 x, y, r = x * share, y * share, (a[state] - b[state]) * share
             seen[name] = [have + drawn @ more for have, more in zip(seen[name], (x, y, r), strict=True)]
     assert len(names) >= (8 if "experts" in kind else 14)

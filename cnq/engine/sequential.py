@@ -228,9 +228,9 @@ class LayerByLayer:
             found = {_BEFORE: states} | rough.through(states, [first], [_BETWEEN] if added_to == _BETWEEN else [])
             x, y, off = seen[first][k], rows.rounded_inputs(found[first], self._types[name]), np.float32(0)
             if added_to:
-                before = seen[added_to][k]
-                # A norm divides states by their length, and so it sees what is wrong with them.
-                squares = np.square(before).mean(1, keepdims=True)
+                before, after = seen[added_to][k], seen[_BETWEEN][k] if added_to == _BEFORE else self._exact[k]
+                # The next norm divides states by their length, and so it sees what is wrong with them.
+                squares = np.square(after).mean(1, keepdims=True)
                 share = 1 / np.sqrt(np.maximum(squares, _FAINT * np.median(squares) + _TINY))
                 x, y, off = x * share, y * share, (before - found[added_to]) * share
             n_rows[is_held(k)] += len(x)
