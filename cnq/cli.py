@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from . import __version__, terminal
-from .options import CTX, FILE, FORCE, FORMAT, JSON, THREADS, Cli, prepare
+from .options import CTX, FILE, FORCE, FORMAT, JSON, ROUNDING, THREADS, Cli, prepare
 from .quantize_command import quantize
 from .run_commands import bench, chat, doctor, ollama, serve, web
 
@@ -45,7 +45,7 @@ def cli() -> None:
 @click.option("--dtype", type=click.Choice(["f16", "bf16", "f32"]), default="f16", show_default=True, help="Of the float GGUF.")
 @click.option("--chunks", type=click.IntRange(0), default=100, show_default=True, help="Of the importance matrix; 0 = without.")
 @click.option("--eval-chunks", type=click.IntRange(0), default=40, show_default=True, help="To measure on; 0 = do not measure.")
-@click.option("--rounding", type=click.Choice(["sequential", "compensated", "plain"]), default="compensated", show_default=True,
+@click.option("--rounding", type=ROUNDING, default="compensated", show_default=True,
               help="compensated: errors make up for each other; sequential: for those of earlier layers too, in several times "
               "the time; plain: each weight by itself, no statistics kept.")  # fmt: skip
 @HESSIAN_MEMORY

@@ -15,6 +15,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON obje
 FORCE = click.option("--force", is_flag=True, help="Replace the output if it exists.")
 THREADS = click.option("--threads", type=click.IntRange(0), default=0, help="0 = all cores.")
 CTX = click.option("--ctx", "n_ctx", type=click.IntRange(16), default=512, show_default=True, help="Tokens of a chunk.")
+ROUNDING = click.Choice(["sequential", "compensated", "plain"])  # quantize.ROUNDINGS, the most thorough first
 FORMAT = click.option("--format", help="Prompt format, e.g. alpaca; a wrong name lists all. Default: the GGUF's own template.")
 
 

@@ -151,7 +151,7 @@ def quantize(
         bits_per_weight=planned.bits_per_weight,
         notes=(*planned.notes, *_told(outcomes)),
         seconds=time.perf_counter() - started,
-        rounding=rounding or ("compensated" if statistics else "plain"),
+        rounding=rounding_by(statistics, rounding),
         compensation=tuple(outcomes),
     )
 
@@ -183,11 +183,17 @@ def statistics_for(src: Path, imatrix: Path | None, rounding: str | None) -> Sta
             f"{rounding} rounding takes second moments beside the importance matrix, but {where}. "
             f"Collect them: cnq imatrix {src} --hessian"
         )
-    statistics = complete_statistics(beside(imatrix), fingerprint(GgufFile(src)).hex())
+    file = GgufFile(src)
+    statistics = complete_statistics(beside(imatrix), fingerprint(file).hex())
     if rounding == "sequential":
-        _require_layers(GgufFile(src))
+        _require_layers(file)
         statistics.tokens()
     return statistics
+
+
+def rounding_by(statistics: Statistics | None, asked: str | None) -> str:
+    """Of ROUNDINGS, the one that is done where so much was asked and these statistics were found."""
+    return asked or ("compensated" if statistics else "plain")
 
 
 def _require_layers(file: GgufFile) -> None:
@@ -269,7 +275,7 @@ def _prepare(
     if imatrix and importance:
         fields |= _imatrix_fields(imatrix, importance)
     if statistics:
-        fields |= _rounding_fields(statistics, rounding or "compensated")
+        fields |= _rounding_fields(statistics, rounding_by(statistics, rounding))
     return _plan(type, file, choices, fields, importance), fields
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from . import terminal
-from .options import FILE, FORCE, JSON, THREADS, Command
+from .options import FILE, FORCE, JSON, ROUNDING, THREADS, Command
 
 
 @click.command(cls=Command)
@@ -28,7 +28,7 @@ from .options import FILE, FORCE, JSON, THREADS, Command
 @click.option("--embedding-type", help="Type of token_embd.weight.")
 @click.option("--pure", is_flag=True, help="One type throughout instead of llama.cpp's mixture.")
 @click.option("--allow-requantize", is_flag=True, help="Quantize what is quantized already.")
-@click.option("--rounding", type=click.Choice(["sequential", "compensated", "plain"]),
+@click.option("--rounding", type=ROUNDING,
               help="compensated: errors make up for each other, by what imatrix --hessian left beside the imatrix; sequential: "
               "for those of earlier layers too.  [default: compensated where that is, else plain]")  # fmt: skip
 @click.option("--effort", type=click.Choice(["fast", "normal", "thorough"]), default="normal", show_default=True,

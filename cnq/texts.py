@@ -46,7 +46,7 @@ def unlike_texts() -> list[Source]:
     return [reviews(), licences()]
 
 
-def python_reference(split: Split, weight: float = 1.0) -> Source:
+def python_reference(split: Split) -> Source:
     """The reference of the Python language, as `help()` shows it: English. Raises CorpusError where Python lacks it."""
     try:
         from pydoc_data.topics import topics
@@ -54,18 +54,18 @@ def python_reference(split: Split, weight: float = 1.0) -> Source:
         raise CorpusError("this Python has no pydoc_data, the English text of calibration. Name text files.") from None
     pages = [topics[name].strip() for name in sorted(topics)]
     kept = tuple(page for page in pages if split_of(page) == split)
-    return Source("Python language reference (pydoc)", _digest(pages), kept, weight)
+    return Source("Python language reference (pydoc)", _digest(pages), kept)
 
 
-def descriptions(weight: float = 1.0) -> Source:
+def descriptions() -> Source:
     """What the packages that cnq needs say of themselves, the beginning of each: English, for readers. Raises CorpusError."""
     found = {name: about[:_MOST] for name, about in sorted(_needed()) if len(about) >= _LEAST}
     if not found:
         raise CorpusError("no package that cnq needs has a description. Name text files.")
-    return Source("descriptions of packages", _digest(list(found.values())), tuple(found.values()), weight)
+    return Source("descriptions of packages", _digest(list(found.values())), tuple(found.values()))
 
 
-def docstrings(weight: float = 1.0) -> Source:
+def docstrings() -> Source:
     """What the modules of Python's standard library say of themselves, their classes and functions: English.
 
     Without the few that tell of rights, as licences are what is measured on. Raises CorpusError where there are no sources.
@@ -78,7 +78,7 @@ def docstrings(weight: float = 1.0) -> Source:
         found |= dict.fromkeys(t for t in texts if len(t) >= _LEAST and not _RIGHTS.search(t))
     if not found:
         raise CorpusError("this Python has no sources of its standard library. Name text files.")
-    return Source("docstrings of the standard library", _digest(list(found)), tuple(found), weight)
+    return Source("docstrings of the standard library", _digest(list(found)), tuple(found))
 
 
 def _needed() -> Iterator[tuple[str, str]]:

@@ -26,7 +26,7 @@ CHUNKS = 20
 def calibrated(wide_gguf, tmp_path_factory):
     """An importance matrix of the wide model with second moments beside it."""
     dst = tmp_path_factory.mktemp("calibrated") / "im.gguf"
-    return test_hessian.run(wide_gguf, dst, text=test_hessian.text(wide_gguf, n=CHUNKS)).path
+    return test_hessian.calibrated(wide_gguf, dst, CHUNKS)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +129,7 @@ def test_types_whose_codes_stand_for_groups_stay_plain_by_name(wide_gguf, calibr
 def test_experts_with_few_tokens_stay_plain_by_name(tmp_path):
     """Each expert by itself: those that saw enough tokens are compensated, the others are plain."""
     model = tiny.moe_gguf(tmp_path / "moe.gguf", experts=8, used=1)
-    imatrix = test_hessian.run(model, tmp_path / "im.gguf", text=test_hessian.text(model, n=30)).path
+    imatrix = test_hessian.calibrated(model, tmp_path / "im.gguf", 30)
     plain, mine = (
         quantize(model, tmp_path / f"{r}.gguf", "Q4_0", imatrix=imatrix, rounding=r) for r in ("plain", "compensated")
     )

@@ -37,6 +37,11 @@ def run(gguf, dst, **options):
     return collect(gguf, settings.pop("text"), dst, **settings)
 
 
+def calibrated(gguf, dst, n):
+    """An importance matrix of so many chunks, with second moments beside it."""
+    return run(gguf, dst, text=text(gguf, n=n)).path
+
+
 def content(dst):
     return {p.name: p.read_bytes() for p in sorted(beside(dst).iterdir())}
 

@@ -1,5 +1,6 @@
 """Rounding layer by layer: a layer alone is the model's own, what went wrong is made up for, and nothing stays behind."""
 
+import gc
 import json
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +58,7 @@ def run(path, tokens):
 @pytest.fixture(scope="module")
 def calibrated(wide_gguf, tmp_path_factory):
     dst = tmp_path_factory.mktemp("calibrated") / "im.gguf"
-    return test_hessian.run(wide_gguf, dst, text=test_hessian.text(wide_gguf, n=CHUNKS)).path
+    return test_hessian.calibrated(wide_gguf, dst, CHUNKS)
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,21 @@ def test_weights_laid_over_are_those_computed_with(wide_gguf, tmp_path):
     assert np.abs(found[0]).max() > 0
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks /proc/self/maps")
+def test_a_layer_that_is_closed_gives_back_the_disk_at_once(wide_gguf, tmp_path):
+    """Its file is unlinked, and mapped no longer: not only when Python looks for cycles."""
+    file = GgufFile(wide_gguf)
+    types = {name: t.type for name, t in file.tensors.items()}
+    path, states = tmp_path / "layer.gguf", np.ones((N_CTX, 256), np.float32)
+    gc.disable()
+    try:
+        with Layer(file, 1, types, lambda name: file.tensor(name).data, path, n_ctx=N_CTX, threads=1) as layer:
+            layer.through(states, [], ["l_out-0"])
+        assert str(path) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
+
+
 def test_the_correction_is_numpys():
     """C (H + ridge)⁻¹."""
     random = np.random.default_rng(0)
@@ -149,7 +166,7 @@ def test_the_losses_told_are_those_between_the_two_models(kind, rounded, wide_gg
     if kind in ("experts between", "bf16"):
         family = {"family": "mixtral"} if "experts" in kind else {"dtype": "bf16"}
         path = gguf(hidden_size=256, intermediate_size=512, **family)
-        imatrix = test_hessian.run(path, tmp_path / "im.gguf", text=test_hessian.text(path, n=CHUNKS)).path
+        imatrix = test_hessian.calibrated(path, tmp_path / "im.gguf", CHUNKS)
     if kind != "all K":
         result = quantize(path, tmp_path / "q.gguf", TYPE, imatrix=imatrix, **options)
     simple = quantize(path, tmp_path / "p.gguf", TYPE, imatrix=imatrix, **options | {"rounding": "plain"}).path
@@ -197,7 +214,7 @@ def test_threads_change_nothing(rounded, wide_gguf, calibrated, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_tied_embedding_is_rounded_first_and_an_output_last(tied, gguf, tmp_path):
     path = gguf(hidden_size=256, intermediate_size=512, tie_word_embeddings=tied)
-    imatrix = test_hessian.run(path, tmp_path / "im.gguf", text=test_hessian.text(path, n=CHUNKS)).path
+    imatrix = test_hessian.calibrated(path, tmp_path / "im.gguf", CHUNKS)
     found = quantize(path, tmp_path / "q.gguf", TYPE, imatrix=imatrix, rounding="sequential")
     names = [o.name for o in found.compensation]
     assert (names[0] == "token_embd.weight") == tied
@@ -207,7 +224,7 @@ def test_a_tied_embedding_is_rounded_first_and_an_output_last(tied, gguf, tmp_pa
 
 def test_experts_are_rounded_as_before_among_layers_that_are_not(tmp_path):
     path = tiny.moe_gguf(tmp_path / "moe.gguf", experts=2, used=1)
-    imatrix = test_hessian.run(path, tmp_path / "im.gguf", text=test_hessian.text(path, n=CHUNKS)).path
+    imatrix = test_hessian.calibrated(path, tmp_path / "im.gguf", CHUNKS)
     one, two = (
         quantize(path, tmp_path / f"{how}.gguf", "Q4_0", imatrix=imatrix, rounding=how) for how in ("compensated", "sequential")
     )
@@ -258,7 +275,7 @@ def test_what_it_cannot_do_is_refused_and_leaves_nothing(wide_gguf, gguf, calibr
 
 def test_models_whose_layers_are_not_alone_what_they_are_together_are_refused(gguf, wide_gguf, tmp_path):
     path = gguf(family="baichuan-7b")
-    imatrix = test_hessian.run(path, tmp_path / "im.gguf", text=test_hessian.text(path)).path
+    imatrix = test_hessian.calibrated(path, tmp_path / "im.gguf", test_hessian.N_CHUNKS)
     with pytest.raises(QuantizeError, match=r"Baichuan from the other by the number of its layers.*--rounding compensated"):
         plan(path, "Q8_0", imatrix=imatrix, rounding="sequential")
     file = GgufFile(wide_gguf)
@@ -301,18 +318,11 @@ def test_to_a_size_and_again_from_its_recipe(wide_gguf, calibrated, tmp_path):
     assert own["rounding"] == "sequential"
     assert {c["rounding"] for c in others} == {"plain", "compensated"}
     assert found["kept"] == "allocation"
-    again = [
-        "quantize",
-        str(wide_gguf),
-        str(tmp_path / "again.gguf"),
-        "--recipe",
-        found["recipe"],
-        "--imatrix",
-        str(calibrated),
-    ]
-    result = CliRunner().invoke(cli, again)
+    again = tmp_path / "again.gguf"
+    command = ["quantize", str(wide_gguf), str(again), "--recipe", found["recipe"], "--imatrix", str(calibrated)]
+    result = CliRunner().invoke(cli, command)
     assert result.exit_code == 0, result.output
-    assert (tmp_path / "again.gguf").read_bytes() == dst.read_bytes()
+    assert again.read_bytes() == dst.read_bytes()
 
 
 def test_the_disk_it_takes_is_asked_for_before_the_work(wide_gguf, tmp_path, monkeypatch):
@@ -320,7 +330,7 @@ def test_the_disk_it_takes_is_asked_for_before_the_work(wide_gguf, tmp_path, mon
     moe = tiny.moe_gguf(tmp_path / "moe.gguf", experts=8, used=1)
     need = {}
     for name, path in (("wide", wide_gguf), ("moe", moe)):
-        imatrix = test_hessian.run(path, tmp_path / f"{name}.im.gguf", text=test_hessian.text(path, n=CHUNKS)).path
+        imatrix = test_hessian.calibrated(path, tmp_path / f"{name}.im.gguf", CHUNKS)
         need[name] = between_bytes(GgufFile(path), read_statistics(beside(imatrix)))
         layer = sum(t.nbytes for n, t in GgufFile(path).tensors.items() if n.startswith("blk.0."))
         heads = GgufFile(path).tensors["blk.0.attn_output.weight"].shape[1]

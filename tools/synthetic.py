@@ -1,7 +1,7 @@
 """A LLaMA-1-7B-shaped checkpoint of random numbers and a Chinese-LLaMA-Plus-like LoRA for it, to measure merging with.
 
     python tools/synthetic.py /data/synthetic              # base/ 13.5 GB, lora/ 1.1 GB
-    python tools/synthetic.py small --layers 1        # base/ 0.9 GB
+    python tools/synthetic.py small --layers 1             # base/ 0.9 GB
 
 base/: float16 in shards of 2 GB, 32000 tokens. lora/: rank 64 on all seven matrices of a layer, float32, and whole float16
 embed_tokens and lm_head of a vocabulary that has grown to 49953, with its tokenizer. Written a few rows at a time.

@@ -15,7 +15,7 @@ from ..gguf_file import TYPE_BY_NAME, GgufFile
 from ..hessian_file import Statistics
 from ..imatrix_file import read_imatrix
 from ..machine import physical_cores
-from ..quantize import Plan, anchored, plan, plans, statistics_for
+from ..quantize import Plan, anchored, plan, plans, rounding_by, statistics_for
 from . import knapsack
 from .candidates import Space, allowed_types, fixed, space
 from .groups import Part
@@ -128,7 +128,7 @@ def allocate(
         gap=found.gap,
         ends=_share_of_ends(chosen, loss, room),
         ends_stock=_share_of_ends(of_stock, stock_loss, room) if len(stock_loss) == len(chosen) else None,
-        rounding=rounding or ("compensated" if statistics else "plain"),
+        rounding=rounding_by(statistics, rounding),
         seconds=known.seconds | {"solving": time.perf_counter() - solving, "in all": time.perf_counter() - started},
     )
 

@@ -4,7 +4,6 @@ It is a GGUF of its own, with the model's metadata, one block, and no vocabulary
 embeddings (llama_batch.embd), and gives the states behind a layer the name l_out.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -57,8 +56,7 @@ class Layer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._model.close()
-        del self._model, self._weights
-        gc.collect()  # they refer to each other through llama.cpp's callback, and keep the disk of the file that is gone
+        del self._model, self._weights  # they keep the disk of the file that is gone
 
     def locate(self, names: Sequence[str]) -> None:
         """Before `write`: find these weights. Raises EngineError."""

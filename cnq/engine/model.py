@@ -92,10 +92,10 @@ class Model:
         context = lib.llama_context_default_params()
         context.n_ctx = n_ctx
         _tune(context, replace(tuned, flash_attn=False, type_kv="F32") if exact else tuned, n_batch, n_threads)
-        self._watch_error: BaseException | None = None
+        self._watch_errors: list[BaseException] = []
         self._watched = watch is not None
         if watch:
-            context.cb_eval = lib.ggml_backend_sched_eval_callback(self._watcher(watch))
+            context.cb_eval = lib.ggml_backend_sched_eval_callback(_watcher(watch, self._watch_errors))
         self._flag = None if stop else ggml.Flag()
         if stop:
             context.abort_callback = lib.ggml_abort_callback(lambda user_data: stop())
@@ -402,28 +402,15 @@ class Model:
     def _run(self, batch: object, tokens: Sequence[int], position: int) -> None:
         with self._interrupt_kept():
             status = lib.llama_decode(self._ctx, batch)
-        if error := self._watch_error:
-            self._watch_error = None
+        if self._watch_errors:
+            error = self._watch_errors[0]
+            self._watch_errors.clear()
             raise error
         if status == 2 and self._flag:  # aborted; what the pass had done of these tokens is forgotten
             raise Interrupted("the model was asked to stop.")
         if status:
             raise EngineError(f"llama.cpp could not run {len(tokens)} tokens at {position} of {self.n_ctx}: {_complaint()}")
         self._seen += tokens
-
-    def _watcher(self, watch: Callable[[ggml.Tensor, bool], bool]) -> Callable[[int, bool, object], bool]:
-        """The callback as C calls it: an exception must not cross native code, so it waits for _decode."""
-
-        def watcher(address: int, ask: bool, user_data: object) -> bool:
-            if self._watch_error:
-                return False
-            try:
-                return watch(ggml.Tensor.from_address(address), ask)
-            except BaseException as error:
-                self._watch_error = error
-                return False
-
-        return watcher
 
     @contextmanager
     def _interrupt_kept(self) -> Iterator[None]:
@@ -434,7 +421,7 @@ class Model:
             return
 
         def keep(number: int, frame: object) -> None:
-            self._watch_error = KeyboardInterrupt()
+            self._watch_errors.append(KeyboardInterrupt())
 
         signal.signal(signal.SIGINT, keep)
         try:
@@ -471,6 +458,24 @@ class _Batch:
         self._pos[:n], self._logits[:n] = range(n), b"\1" * n
         self._states.embd = states.ctypes.data_as(type(self._states.embd))
         return self._states
+
+
+def _watcher(watch: Callable[[ggml.Tensor, bool], bool], errors: list[BaseException]) -> Callable[[int, bool, object], bool]:
+    """The callback as C calls it: an exception must not cross native code, so it waits in `errors` for the pass to end.
+
+    It does not refer to the model, which refers to it: a model that is closed and dropped gives back its file at once.
+    """
+
+    def watcher(address: int, ask: bool, user_data: object) -> bool:
+        if errors:
+            return False
+        try:
+            return watch(ggml.Tensor.from_address(address), ask)
+        except BaseException as error:
+            errors.append(error)
+            return False
+
+    return watcher
 
 
 def _tune(context: Any, tuned: Tuned, n_batch: int, n_threads: int) -> None:

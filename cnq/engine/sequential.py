@@ -151,6 +151,7 @@ class LayerByLayer:
         columns = {one.weights[0]: one.columns for n in numbers if (one := self._inputs[n]).expert is None}
         states = dict.fromkeys((_BEFORE, _BETWEEN), self._exact.shape[-1])
         seen: dict[str, np.ndarray] = {}
+        squares = {name: np.zeros(wide) for name, wide in columns.items()}
         path = self._folder / "inputs.f32"
         for name, wide in (columns | states).items():
             shape = (*self._tokens.shape, wide)
@@ -164,22 +165,21 @@ class LayerByLayer:
                 self._exact[k] = found.pop(_STATES)
                 for name, values in found.items():
                     seen[name][k] = values
+                    if name in squares and not is_held(k):
+                        squares[name] += np.square(values).sum(0, dtype=np.float64)
         for n in numbers:
             if self._inputs[n].expert is None:
-                self._require_alike(n, seen)
+                self._require_alike(n, squares[self._inputs[n].weights[0]])
         return seen
 
-    def _require_alike(self, number: int, seen: dict[str, np.ndarray]) -> None:
-        """A layer alone must compute what it does in the whole model: an input has the mean squares that were collected."""
-        known, one = self._rest.statistics.read(number), self._inputs[number]
-        fit = [x for k, x in enumerate(seen[one.weights[0]]) if not is_held(k)]
-        found = sum(np.square(x).sum(0, dtype=np.float64) for x in fit)
-        expected = np.diag(known.fit).astype(np.float64)
-        if not np.abs(found - expected).sum() <= _ALIKE * expected.sum():
+    def _require_alike(self, number: int, found: np.ndarray) -> None:
+        """A layer alone must compute what it does in the whole model: an input has the sums of squares that were collected."""
+        expected = np.diag(self._rest.statistics.read(number).fit).astype(np.float64)
+        differs, whole = np.abs(found - expected).sum(), expected.sum()
+        if not differs <= _ALIKE * whole:
             raise QuantizeError(
                 f"{self._file.path}: its layers, run one by one, compute something else than the whole model (the inputs of "
-                f"{one.name} differ by {np.abs(found - expected).sum() / expected.sum():.0%}). Round without: "
-                "--rounding compensated"
+                f"{self._inputs[number].name} differ by {differs / whole:.0%}). Round without: --rounding compensated"
             )
 
     def _fitted(
